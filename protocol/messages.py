@@ -1,0 +1,520 @@
+"""Everything that can be said, one frozen dataclass a message (SPEC §7). `Message` is their union.
+
+Rules
+- Field order is wire order. `buffers` is not in the header: it holds the raw frames beside it.
+- A message says nothing about sockets, time or torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, TypeAlias
+
+from .schema import (
+    I64,
+    U32,
+    U64,
+    Flag,
+    Hyper,
+    Indices,
+    LongText,
+    Marks,
+    Numbers,
+    Real,
+    Refusals,
+    Requests,
+    Text,
+    records,
+)
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+Buffers: TypeAlias = "tuple[Buffer, ...]"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a shard is. `key` is its CURVE public key in base64url, or empty."""
+
+    index: U32
+    incarnation: U64
+    host: Text
+    port: U32
+    key: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A worker in a view. `clock` is a lower bound (SPEC §6.1)."""
+
+    incarnation: U64
+    name: Text
+    entered: Flag
+    clock: U64
+
+
+Places = Annotated[tuple[Place, ...], records(Place, 4096)]
+Members = Annotated[tuple[Member, ...], records(Member, 4096)]
+
+
+# --- answers that any request may get
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Its shape is the same in every version of the protocol (SPEC §2.4)."""
+
+    TYPE: ClassVar[int] = 1
+    request: U64
+    code: Text
+    text: LongText
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    TYPE: ClassVar[int] = 2
+    request: U64
+    joined: U32
+    wanted: U32
+    what: Text
+
+
+# --- worker and coordinator: membership (SPEC §3)
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    TYPE: ClassVar[int] = 10
+    incarnation: U64
+    name: Text
+    attempt: U32
+    host: Text
+    pid: U32
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    TYPE: ClassVar[int] = 11
+    incarnation: U64
+    run: U64
+    worker: U32
+    epoch: U64
+    lease: Real
+    mode: Text
+    staleness: Real
+    nonfinite: Text
+    shards: Places
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    TYPE: ClassVar[int] = 12
+    incarnation: U64
+    epoch: U64
+    clock: U64
+    entered: Flag
+    stats: Numbers
+    logged: Numbers
+    progress: Marks
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    TYPE: ClassVar[int] = 13
+    incarnation: U64
+    epoch: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    TYPE: ClassVar[int] = 14
+    incarnation: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The shards have changed, or this worker is asked to fill some."""
+
+    TYPE: ClassVar[int] = 15
+    incarnation: U64
+    epoch: U64
+    shards: Places
+    fill: Indices
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    TYPE: ClassVar[int] = 16
+    incarnation: U64
+    request: U64
+    stats: Numbers
+    logged: Numbers
+    progress: Marks
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    TYPE: ClassVar[int] = 17
+    incarnation: U64
+    request: U64
+
+
+# --- worker and coordinator: the model (SPEC §4.3) and the data (SPEC §9)
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    TYPE: ClassVar[int] = 20
+    incarnation: U64
+    request: U64
+    buffers: Buffers
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    TYPE: ClassVar[int] = 21
+    incarnation: U64
+    request: U64
+    shards: U32
+    block_bytes: U32
+    digest: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Declare:
+    TYPE: ClassVar[int] = 22
+    incarnation: U64
+    request: U64
+    job: Text
+    length: U64
+    batch: U32
+    size: U64
+    seed: U64
+    epoch: U32
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    TYPE: ClassVar[int] = 23
+    incarnation: U64
+    request: U64
+    size: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    TYPE: ClassVar[int] = 24
+    incarnation: U64
+    request: U64
+    job: Text
+    epochs: U32
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    TYPE: ClassVar[int] = 25
+    incarnation: U64
+    request: U64
+    lease: U64
+    epoch: U32
+    start: U64
+    stop: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Exhausted:
+    TYPE: ClassVar[int] = 26
+    incarnation: U64
+    request: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    TYPE: ClassVar[int] = 27
+    incarnation: U64
+    request: U64
+    lease: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    TYPE: ClassVar[int] = 28
+    incarnation: U64
+    request: U64
+
+
+# --- shard and coordinator (SPEC §3.1, §3.2)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardJoin:
+    TYPE: ClassVar[int] = 30
+    incarnation: U64
+    host: Text
+    port: U32
+    key: Text
+    index: I64
+    shards: U32
+    digest: Text
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWelcome:
+    TYPE: ClassVar[int] = 31
+    incarnation: U64
+    run: U64
+    index: U32
+    lease: Real
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    TYPE: ClassVar[int] = 32
+    run: U64
+    epoch: U64
+    mode: Text
+    staleness: Real
+    filler: U64
+    members: Members
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    TYPE: ClassVar[int] = 33
+    run: U64
+    shards: U32
+    block_bytes: U32
+    digest: Text
+    buffers: Buffers
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    TYPE: ClassVar[int] = 34
+    incarnation: U64
+    run: U64
+    epoch: U64
+    digest: Text
+    filled: Flag
+    floor: U64
+    clocks: Marks
+    counters: Numbers
+
+
+# --- worker and shard: getting to know each other (SPEC §3.1, §3.2)
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    TYPE: ClassVar[int] = 40
+    incarnation: U64
+    epoch: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    TYPE: ClassVar[int] = 41
+    incarnation: U64
+    shard: U64
+    index: U32
+
+
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    TYPE: ClassVar[int] = 42
+    incarnation: U64
+    shard: U64
+
+
+# --- worker and shard: the stream (SPEC §5)
+
+
+@dataclass(frozen=True, slots=True)
+class Enter:
+    TYPE: ClassVar[int] = 43
+    incarnation: U64
+    shard: U64
+    seq: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    TYPE: ClassVar[int] = 45
+    incarnation: U64
+    shard: U64
+    seq: U64
+    epoch: U64
+    blocks: Indices
+    buffers: Buffers
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    TYPE: ClassVar[int] = 46
+    incarnation: U64
+    shard: U64
+    seq: U64
+    clock: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    TYPE: ClassVar[int] = 47
+    incarnation: U64
+    shard: U64
+    seq: U64
+    clock: U64
+    advance: Flag
+    examples: Real
+    hyper: Hyper
+    blocks: Indices
+    ranges: Indices
+    buffers: Buffers
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    TYPE: ClassVar[int] = 48
+    incarnation: U64
+    shard: U64
+    seq: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    TYPE: ClassVar[int] = 49
+    incarnation: U64
+    shard: U64
+    seq: U64
+    gap: Flag
+    min_clock: U64
+    refusals: Refusals
+
+
+# --- worker and shard: reading (SPEC §6.2, §6.4)
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    TYPE: ClassVar[int] = 50
+    incarnation: U64
+    shard: U64
+    request: U64
+    clock: U64
+    after: U64
+    since: U64
+    blocks: Indices
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    TYPE: ClassVar[int] = 51
+    incarnation: U64
+    shard: U64
+    request: U64
+    part: U32
+    parts: U32
+    version: U64
+    min_clock: U64
+    blocks: Indices
+    buffers: Buffers
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    TYPE: ClassVar[int] = 52
+    incarnation: U64
+    shard: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    TYPE: ClassVar[int] = 53
+    incarnation: U64
+    shard: U64
+    seq: U64
+    min_clock: U64
+    slowest: Text
+    slowest_clock: U64
+    filled: Flag
+    parked: Requests
+
+
+# --- anyone: status and diagnosis
+
+
+@dataclass(frozen=True, slots=True)
+class Inquire:
+    TYPE: ClassVar[int] = 60
+    request: U64
+    what: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`wall` is the answerer's clock, seconds since 1970. The buffer is JSON, UTF-8."""
+
+    TYPE: ClassVar[int] = 61
+    request: U64
+    wall: Real
+    buffers: Buffers
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    TYPE: ClassVar[int] = 62
+    request: U64
+    buffers: Buffers
+
+
+@dataclass(frozen=True, slots=True)
+class Echoed:
+    TYPE: ClassVar[int] = 63
+    request: U64
+    buffers: Buffers
+
+
+Operation: TypeAlias = Fill | Enter | Start | Push | Pause
+
+Message: TypeAlias = (
+    Refused
+    | Waiting
+    | Join
+    | Welcome
+    | Renew
+    | Renewed
+    | Evicted
+    | Cluster
+    | Leave
+    | Left
+    | Register
+    | Registered
+    | Declare
+    | Declared
+    | Claim
+    | Leased
+    | Exhausted
+    | Complete
+    | Completed
+    | ShardJoin
+    | ShardWelcome
+    | View
+    | Model
+    | Report
+    | Hello
+    | Greeting
+    | Stranger
+    | Enter
+    | Fill
+    | Start
+    | Push
+    | Pause
+    | Ack
+    | Pull
+    | Values
+    | Probe
+    | Alive
+    | Inquire
+    | Answer
+    | Echo
+    | Echoed
+)

@@ -1,0 +1,60 @@
+"""The clocks of the workers that a shard counts in (SPEC §6.1).
+
+Rules
+- `min` never falls.
+- A worker's clock never falls while it is counted in.
+"""
+
+from __future__ import annotations
+
+
+class Clocks:
+    """Who is at which clock. Keys are incarnations."""
+
+    def __init__(self, floor: int = 0) -> None:
+        self._clocks: dict[int, int] = {}
+        self._min = floor
+        self._highest = floor
+
+    @property
+    def min(self) -> int:
+        """The least clock; with nobody counted in, the highest ever reached."""
+        return self._min
+
+    def __contains__(self, incarnation: int) -> bool:
+        return incarnation in self._clocks
+
+    def __len__(self) -> int:
+        return len(self._clocks)
+
+    def get(self, incarnation: int) -> int | None:
+        return self._clocks.get(incarnation)
+
+    def items(self) -> tuple[tuple[int, int], ...]:
+        return tuple(self._clocks.items())
+
+    def slowest(self) -> int | None:
+        """The first of those at the least clock."""
+        return min(self._clocks, key=self._clocks.__getitem__, default=None)
+
+    def enter(self, incarnation: int, clock: int | None = None) -> int:
+        """Count a worker in, at `min` unless a clock is given; again changes nothing. Returns `min`."""
+        self._clocks.setdefault(incarnation, self._min if clock is None else max(clock, self._min))
+        return self._min
+
+    def reach(self, incarnation: int, clock: int) -> None:
+        """A worker that is counted in has reached `clock`; a lower one than its own changes nothing."""
+        before = self._clocks[incarnation]
+        if clock > before:
+            self._clocks[incarnation] = clock
+            self._highest = max(self._highest, clock)
+            if before == self._min:
+                self._settle()
+
+    def leave(self, incarnation: int) -> None:
+        """Count a worker out, if it was in."""
+        if self._clocks.pop(incarnation, None) == self._min or not self._clocks:
+            self._settle()
+
+    def _settle(self) -> None:
+        self._min = max(self._min, min(self._clocks.values(), default=self._highest))

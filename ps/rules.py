@@ -1,0 +1,140 @@
+"""Update rules on a block, run by torch's own optimizers (SPEC §8).
+
+Rules
+- A block is one torch tensor with one optimizer, fused where torch offers it.
+- A push of part of a block must leave the rest as torch leaves a parameter whose `grad` is None: value, state and step
+  count untouched. So a block begins as one segment, and is split where a push begins or ends inside one; each segment is
+  a parameter of the block's optimizer, a view of the block.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..protocol.rules import Rule
+
+Ranges = Sequence[tuple[int, int]]
+"""Elements `[start, stop)` of a block, ascending, not touching."""
+
+
+def _betas(n: dict[str, float]) -> dict[str, Any]:
+    return {"betas": (n.pop("beta1"), n.pop("beta2")), **n}
+
+
+def _same(n: dict[str, float]) -> dict[str, Any]:
+    return dict(n)
+
+
+_TORCH: dict[str, tuple[type[torch.optim.Optimizer], Callable[[dict[str, float]], dict[str, Any]], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, _same, {"fused": True}),
+    "adagrad": (torch.optim.Adagrad, _same, {"fused": True}),
+    "rmsprop": (torch.optim.RMSprop, _same, {"foreach": False}),
+    "adam": (torch.optim.Adam, _betas, {"fused": True}),
+    "adamw": (torch.optim.AdamW, _betas, {"fused": True}),
+}
+_FLAGS = ("nesterov", "maximize", "centered", "amsgrad", "decoupled_weight_decay")
+
+
+def torch_settings(rule: str, numbers: dict[str, float]) -> dict[str, Any]:
+    """The keyword arguments that a torch optimizer takes for a rule's numbers."""
+    settings = _TORCH[rule][1](dict(numbers))
+    return {name: bool(value) if name in _FLAGS else value for name, value in settings.items()}
+
+
+class Updater:
+    """Applies one rule to one block.
+
+    Args:
+        weights: the block, one-dimensional and contiguous; changed in place.
+    """
+
+    def __init__(self, weights: torch.Tensor, rule: Rule) -> None:
+        self._weights, self._rule = weights, rule
+        self._numbers = rule.numbers
+        self._starts = [0]
+        self._segments = [weights]
+        self._optimizer: torch.optim.Optimizer | None = None
+        if rule.name in _TORCH:
+            make, _, fixed = _TORCH[rule.name]
+            self._optimizer = make([weights], **torch_settings(rule.name, rule.named()), **fixed)
+
+    def apply(self, gradient: torch.Tensor, ranges: Ranges | None, numbers: tuple[float, ...], workers: int) -> None:
+        """One step.
+
+        Args:
+            gradient: of the block's dtype; of its length, or with `ranges` of their total length.
+            ranges: what part was pushed; None for the whole.
+            numbers: the rule's numbers for this step; empty for those of registration.
+            workers: how many are counted in (rule `mean` only).
+        """
+        if self._optimizer is None:
+            for target, given in self._parts(gradient, ranges):
+                if self._rule.name == "delta":
+                    target.add_(given)
+                else:
+                    target.lerp_(given, 1.0 / max(1, workers))
+            return
+        self._set(numbers or self._rule.numbers)
+        if ranges is None and len(self._segments) == 1:
+            self._weights.grad = gradient
+            self._optimizer.step()
+            self._weights.grad = None
+            return
+        for start, stop in ranges or ((0, self._weights.numel()),):
+            self._split(start)
+            self._split(stop)
+        at = 0
+        for start, stop in ranges or ((0, self._weights.numel()),):
+            for segment in self._segments[self._index(start) : self._index(stop)]:
+                segment.grad = gradient[at : at + segment.numel()]
+                at += segment.numel()
+        self._optimizer.step()
+        for segment in self._segments:
+            segment.grad = None
+
+    def _parts(self, gradient: torch.Tensor, ranges: Ranges | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if ranges is None:
+            return [(self._weights, gradient)]
+        parts, at = [], 0
+        for start, stop in ranges:
+            parts.append((self._weights[start:stop], gradient[at : at + stop - start]))
+            at += stop - start
+        return parts
+
+    def _set(self, numbers: tuple[float, ...]) -> None:
+        if numbers == self._numbers or self._optimizer is None:
+            return
+        named = Rule(self._rule.name, numbers).named()
+        self._optimizer.param_groups[0].update(torch_settings(self._rule.name, named))
+        self._numbers = numbers
+
+    def _index(self, start: int) -> int:
+        return bisect_left(self._starts, start)
+
+    def _split(self, at: int) -> None:
+        """Make a segment begin at element `at`."""
+        index = self._index(at)
+        if at >= self._weights.numel() or (index < len(self._starts) and self._starts[index] == at):
+            return
+        assert self._optimizer is not None
+        whole = self._segments[index - 1]
+        cut = at - self._starts[index - 1]
+        halves = [whole[:cut], whole[cut:]]
+        state = self._optimizer.state.pop(whole, None)
+        if state is not None:
+            for half, span in zip(halves, (slice(None, cut), slice(cut, None)), strict=True):
+                self._optimizer.state[half] = {key: _narrow(key, value, span) for key, value in state.items()}
+        self._segments[index - 1 : index] = halves
+        self._starts.insert(index, at)
+        self._optimizer.param_groups[0]["params"] = list(self._segments)
+
+
+def _narrow(key: str, value: Any, span: slice) -> Any:
+    """A part of an optimizer's state. `step` is a count, everything else has an entry an element or is no tensor."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.clone() if key == "step" else value[span]

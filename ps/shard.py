@@ -1,0 +1,512 @@
+"""The shard's core: who may push and pull what, and when (SPEC §3.2, §5, §6). Its parts are clocks, inboxes and the store.
+
+Rules
+- `handle` is the only method that changes anything; it never waits, never reads a clock.
+- A pull is answered in the same `handle` that makes it answerable; nobody is asked to come back.
+- A peer's mistake is counted and refused, never raised.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from math import inf
+from typing import Any
+
+from ..protocol.effects import COORDINATOR, Effect, Linked, Log, Peer, Received, Send, Tick, Unreadable
+from ..protocol.errors import ProtocolError
+from ..protocol.frames import payload_bytes
+from ..protocol.layout import lay_out
+from ..protocol.messages import (
+    Ack,
+    Alive,
+    Answer,
+    Echo,
+    Echoed,
+    Enter,
+    Evicted,
+    Fill,
+    Greeting,
+    Hello,
+    Inquire,
+    Message,
+    Model,
+    Operation,
+    Pause,
+    Probe,
+    Pull,
+    Push,
+    Refused,
+    Report,
+    ShardJoin,
+    ShardWelcome,
+    Start,
+    Stranger,
+    Values,
+    View,
+    Waiting,
+)
+from ..protocol.model import read_model
+from .clocks import Clocks
+from .inbox import Inbox, Verdict
+from .store import Misfit
+from .weights import Weights
+
+RETRY = 1.0
+REPORT_EVERY = 1.0
+PART_BYTES = 4 * 1024 * 1024
+MAX_PARKED = 64
+"""Pulls of one worker that may wait at once."""
+
+
+class Shard:
+    """One shard.
+
+    Args:
+        incarnation: this life, a random 64-bit number.
+        host, port, key: where workers reach it; `key` is its CURVE public key in base64url, or empty.
+        wall: seconds since 1970 at `now = 0`.
+    """
+
+    def __init__(self, incarnation: int, host: str, port: int, key: str = "", wall: float = 0.0) -> None:
+        self.incarnation = incarnation
+        self.counters: Counter[str] = Counter()
+        self.wake_at = 0.0
+        self._place = (host, port, key)
+        self._wall, self._now = wall, 0.0
+        self._run = self._epoch = 0
+        self._index = -1
+        self._shards = 0
+        self._welcomed = False
+        self._view: View | None = None
+        self._names: dict[int, str] = {}
+        self._ranks: dict[int, int] = {}
+        self._weights: Weights | None = None
+        self._clocks = Clocks()
+        self._open_step = 0
+        self._inboxes: dict[int, Inbox] = {}
+        self._routes: dict[int, Peer] = {}
+        self._pulls: dict[int, dict[int, Pull]] = {}
+        self._hellos: dict[int, tuple[int, Peer]] = {}
+        self._out: list[Effect] = []
+
+    def handle(self, event: Received | Unreadable | Tick | Linked, now: float) -> list[Effect]:
+        self._out, self._now = [], now
+        match event:
+            case Received(peer, message):
+                table = _FROM_COORDINATOR if peer == COORDINATOR else _FROM_WORKERS
+                act = table.get(type(message))
+                if act is None:
+                    self.counters["rejected.misplaced"] += 1
+                else:
+                    act(self, peer, message)
+            case Unreadable(peer, reason):
+                self.counters[f"rejected.{reason}"] += 1
+                if reason == "version":
+                    self._send(peer, Refused(0, "version", "this shard speaks version 1 of the protocol"))
+            case Linked():
+                self._join()
+            case Tick():
+                pass
+        if now >= self.wake_at:
+            self.wake_at = now + (REPORT_EVERY if self._welcomed else RETRY)
+            self._report() if self._welcomed else self._join()
+        return self._out
+
+    # --- the coordinator's side
+
+    def _join(self) -> None:
+        digest = self._weights.layout.digest if self._weights else ""
+        self._send(COORDINATOR, ShardJoin(self.incarnation, *self._place, self._index, self._shards, digest))
+
+    def _welcome(self, _: Peer, message: ShardWelcome) -> None:
+        if message.incarnation != self.incarnation:
+            return
+        if message.run != self._run:
+            self._run, self._epoch = message.run, 0
+        if message.index != self._index:
+            self._weights = None
+        self._index, self._welcomed = message.index, True
+        self._report()
+
+    def _forgotten(self, _: Peer, message: Evicted) -> None:
+        """The coordinator does not know this shard: it was restarted, or we were silent for too long."""
+        self._welcomed = False
+        self._join()
+
+    def _spare(self, _: Peer, message: Waiting) -> None:
+        pass
+
+    def _model(self, _: Peer, message: Model) -> None:
+        if message.run != self._run or (self._weights and self._weights.layout.digest == message.digest):
+            return self._report()
+        try:
+            layout = lay_out(read_model(message.buffers[0]), message.shards, message.block_bytes)
+        except (ProtocolError, ValueError) as error:
+            self.counters["rejected.malformed"] += 1
+            return self._log("error", f"the coordinator sent a model that cannot be read: {error}")
+        if layout.digest != message.digest or not 0 <= self._index < layout.shards:
+            self._log(
+                "error", "this shard computes another layout than the coordinator; are the versions of shoal the same?"
+            )
+            return
+        self._weights, self._shards = Weights(layout, self._index), layout.shards
+        self._report()
+
+    @property
+    def _filled(self) -> bool:
+        return self._weights is not None and self._weights.filled
+
+    def _new_view(self, _: Peer, view: View) -> None:
+        if view.run != self._run or view.epoch <= self._epoch:
+            return self._report()
+        first, before = self._view is None, self._view
+        self._view, self._epoch = view, view.epoch
+        self._names = {member.incarnation: member.name for member in view.members}
+        self._ranks = {member.incarnation: rank for rank, member in enumerate(view.members)}
+        for gone in [known for known in {*self._inboxes, *dict(self._clocks.items())} if known not in self._names]:
+            self._drop(gone)
+        if first:  # a restarted shard: those who had entered hold the others until they speak (SPEC §6.1.4)
+            for member in view.members:
+                if member.entered:
+                    self._clocks.enter(member.incarnation, member.clock)
+        if self._weights and not self._filled and (before is None or before.filler != view.filler):
+            self._weights.restart_filling()
+        for incarnation, (epoch, peer) in list(self._hellos.items()):
+            if epoch <= view.epoch:
+                del self._hellos[incarnation]
+                self._greet(peer, incarnation)
+        self._settle()
+        self._report()
+
+    def _drop(self, incarnation: int) -> None:
+        for held in (self._inboxes, self._pulls, self._routes):
+            held.pop(incarnation, None)
+        if self._weights:
+            self._weights.drop(incarnation)
+        self._clocks.leave(incarnation)
+
+    def _report(self) -> None:
+        if self._welcomed:
+            digest = self._weights.layout.digest if self._weights else ""
+            self.counters["updates"] = self._weights.updates if self._weights else 0
+            counters = tuple((name, float(value)) for name, value in sorted(self.counters.items()))
+            self._send(
+                COORDINATOR,
+                Report(
+                    self.incarnation,
+                    self._run,
+                    self._epoch,
+                    digest,
+                    self._filled,
+                    self._clocks.min,
+                    self._clocks.items(),
+                    counters,
+                ),
+            )
+
+    # --- getting to know a worker
+
+    def _hello(self, peer: Peer, message: Hello) -> None:
+        if message.epoch > self._epoch and message.incarnation not in self._names:
+            if len(self._hellos) < 4096:
+                self._hellos[message.incarnation] = (message.epoch, peer)
+            return
+        self._greet(peer, message.incarnation)
+
+    def _greet(self, peer: Peer, incarnation: int) -> None:
+        if incarnation not in self._names:
+            return self._send(peer, Evicted(incarnation))
+        self._inboxes.setdefault(incarnation, Inbox())
+        self._routes[incarnation] = peer
+        self._send(peer, Greeting(incarnation, self.incarnation, max(self._index, 0)))
+
+    def _known(self, peer: Peer, incarnation: int, shard: int) -> Inbox | None:
+        """The worker's inbox; if it has none here, it is told why (SPEC §3.2)."""
+        inbox = self._inboxes.get(incarnation)
+        if inbox is not None and shard == self.incarnation:
+            self._routes[incarnation] = peer
+            return inbox
+        if self._view is not None and incarnation not in self._names:
+            self.counters["evicted"] += 1
+            self._send(peer, Evicted(incarnation))
+        else:
+            self._send(peer, Stranger(incarnation, self.incarnation))
+        return None
+
+    # --- the stream (SPEC §5)
+
+    def _operation(self, peer: Peer, operation: Operation) -> None:
+        incarnation = operation.incarnation
+        inbox = self._known(peer, incarnation, operation.shard)
+        if inbox is None:
+            return
+        verdict = inbox.take(operation)
+        if verdict is Verdict.QUEUED:
+            self.counters["bytes_in"] += payload_bytes(operation)
+            before = (self._clocks.min, len(self._clocks), self._filled)
+            self._drain(incarnation, inbox)
+            if before != (self._clocks.min, len(self._clocks), self._filled):
+                self._settle()
+            else:
+                self._answer(incarnation)
+        else:
+            self.counters[f"stream.{verdict.value}"] += 1
+        self._ack(incarnation, gap=verdict is Verdict.GAP)
+
+    def _ack(self, incarnation: int, gap: bool = False) -> None:
+        inbox = self._inboxes[incarnation]
+        self._send(
+            self._routes[incarnation],
+            Ack(incarnation, self.incarnation, inbox.applied, gap, self._clocks.min, tuple(inbox.refusals)),
+        )
+
+    def _drain(self, incarnation: int, inbox: Inbox) -> bool:
+        """Apply what can be applied. True if anything was."""
+        before = inbox.applied
+        while (operation := inbox.head) is not None:
+            if self._must_wait(operation):
+                break
+            refusal = None
+            try:
+                self._apply(operation)
+            except Misfit as misfit:
+                refusal = (misfit.code, str(misfit)[:256])
+            except (
+                Exception
+            ) as error:  # a fault of ours or of torch's must not take the shard down with everybody's weights
+                self._log("error", f"applying {type(operation).__name__} failed: {type(error).__name__}: {error}")
+                refusal = ("internal", f"{type(error).__name__}: {error}"[:256])
+            if refusal:
+                self.counters[f"refused.{refusal[0]}"] += 1
+            inbox.applied_head(refusal)
+        return inbox.applied > before
+
+    def _must_wait(self, operation: Operation) -> bool:
+        """A filling waits for the view that asks for it; in sync mode a push of a later step waits for its step."""
+        match operation:
+            case Fill():
+                return operation.epoch > self._epoch
+            case Push():
+                return self._sync and operation.incarnation in self._clocks and operation.clock > self._open_step
+            case _:
+                return False
+
+    @property
+    def _sync(self) -> bool:
+        return self._view is not None and self._view.mode == "sync"
+
+    def _apply(self, operation: Operation) -> None:
+        match operation:
+            case Push():
+                self._push(operation)
+            case Enter():
+                self._clocks.enter(operation.incarnation)
+            case Start():
+                if operation.incarnation not in self._clocks:
+                    self._clocks.enter(operation.incarnation, operation.clock)
+                self._clocks.reach(operation.incarnation, operation.clock)
+            case Pause():
+                self._clocks.leave(operation.incarnation)
+                if self._weights:
+                    self._weights.drop(operation.incarnation)
+            case Fill():
+                self._fill(operation)
+
+    def _fill(self, fill: Fill) -> None:
+        if self._weights is None:
+            raise Misfit("unfilled", "no model is registered")
+        if self._weights.filled or self._view is None or fill.incarnation != self._view.filler:
+            return
+        self._weights.fill(fill)
+        if self._weights.filled:
+            self._report()
+
+    def _push(self, push: Push) -> None:
+        clock = self._clocks.get(push.incarnation)
+        try:
+            if push.blocks:
+                self._gradients(push, clock)
+        finally:  # a refused gradient must not hold the worker's clock, and with it everybody
+            if push.advance and clock == push.clock:
+                if self._sync and self._weights is not None:
+                    self._weights.contribute(push, self._ranks.get(push.incarnation, len(self._ranks)))
+                self._clocks.reach(push.incarnation, push.clock + 1)
+
+    def _gradients(self, push: Push, clock: int | None) -> None:
+        if self._weights is None:
+            raise Misfit("unfilled", "no model is registered")
+        if not self._sync:
+            self._weights.apply(push, len(self._clocks))
+        elif clock == push.clock:
+            self._weights.collect(push)
+        else:
+            raise Misfit("clock", f"a push of step {push.clock} from a worker at {clock}")
+
+    # --- pulls (SPEC §6.2, §6.4)
+
+    def _settle(self) -> None:
+        """The least clock, the members or the filling have changed: do what that allows."""
+        moved = True
+        while moved:
+            if self._sync and self._open_step < self._clocks.min:
+                self._open_step = self._clocks.min
+                if self._weights is not None:
+                    self._weights.close_step()
+            moved = False
+            for incarnation, inbox in self._inboxes.items():
+                if len(inbox) and self._drain(incarnation, inbox):
+                    moved = True
+                    self._ack(incarnation)
+        for incarnation in list(self._pulls):
+            self._answer(incarnation)
+
+    def _pull(self, peer: Peer, pull: Pull) -> None:
+        if self._known(peer, pull.incarnation, pull.shard) is None:
+            return
+        self.counters["pulls"] += 1
+        parked = self._pulls.setdefault(pull.incarnation, {})
+        if len(parked) >= MAX_PARKED and pull.request not in parked:
+            return self._send(peer, Refused(pull.request, "busy", f"{MAX_PARKED} pulls of this worker are waiting"))
+        parked[pull.request] = pull
+        self._answer(pull.incarnation)
+        if pull.request in self._pulls.get(pull.incarnation, ()):
+            self.counters["parked"] += 1
+
+    def _answer(self, incarnation: int) -> None:
+        parked = self._pulls.get(incarnation)
+        if not parked or not self._filled:
+            return
+        for request, pull in list(parked.items()):
+            if self._inboxes[incarnation].applied >= pull.after and self._within(incarnation, pull.clock):
+                del parked[request]
+                self._values(pull)
+        if not parked:
+            del self._pulls[incarnation]
+
+    def _within(self, incarnation: int, clock: int) -> bool:
+        """The staleness rule."""
+        if self._sync:
+            return self._clocks.min >= clock
+        assert self._view is not None
+        bound = self._view.staleness
+        return incarnation not in self._clocks or bound == inf or self._clocks.min >= clock - bound
+
+    def _values(self, pull: Pull) -> None:
+        assert self._weights is not None
+        store, peer = self._weights.store, self._routes[pull.incarnation]
+        if any(block not in store for block in pull.blocks):
+            self.counters["rejected.malformed"] += 1
+            return self._send(peer, Refused(pull.request, "shape", "a block that is not on this shard"))
+        parts: list[list[int]] = [[]]
+        size = 0
+        for block in store.changed_since(pull.since, pull.blocks):
+            if parts[-1] and (size + store.nbytes_of(block) > PART_BYTES or len(parts[-1]) == 1024):
+                parts.append([])
+                size = 0
+            parts[-1].append(block)
+            size += store.nbytes_of(block)
+        for number, blocks in enumerate(parts):
+            buffers = tuple(map(store.snapshot, blocks))
+            values = Values(
+                pull.incarnation,
+                self.incarnation,
+                pull.request,
+                number,
+                len(parts),
+                store.version,
+                self._clocks.min,
+                tuple(blocks),
+                buffers,
+            )
+            self.counters["bytes_out"] += payload_bytes(values)
+            self._send(peer, values)
+
+    def _probe(self, peer: Peer, message: Probe) -> None:
+        inbox = self._known(peer, message.incarnation, message.shard)
+        if inbox is None:
+            return
+        slowest = self._clocks.slowest()
+        name, clock = (
+            (self._names.get(slowest, "?"), self._clocks.get(slowest) or 0) if slowest is not None else ("", 0)
+        )
+        self._ack(message.incarnation)
+        parked = tuple(self._pulls.get(message.incarnation, ()))
+        self._send(
+            peer,
+            Alive(
+                message.incarnation,
+                self.incarnation,
+                inbox.received,
+                self._clocks.min,
+                name,
+                clock,
+                self._filled,
+                parked,
+            ),
+        )
+
+    # --- status
+
+    def _inquire(self, peer: Peer, message: Inquire) -> None:
+        state = {
+            "role": "shard",
+            "index": self._index,
+            "epoch": self._epoch,
+            "filled": self._filled,
+            "min_clock": self._clocks.min,
+            "blocks": len(self._weights.store) if self._weights else 0,
+            "bytes": self._weights.store.nbytes if self._weights else 0,
+            "counters": dict(self.counters),
+        }
+        self._send(peer, Answer(message.request, self._wall + self._now, (json.dumps(state).encode(),)))
+
+    def _echo(self, peer: Peer, message: Echo) -> None:
+        self._send(peer, Echoed(message.request, message.buffers))
+
+    def _ignore(self, peer: Peer, message: Message) -> None:
+        pass
+
+    def _send(self, peer: Peer, message: Message) -> None:
+        self._out.append(Send(peer, message))
+
+    def _log(self, level: str, text: str) -> None:
+        self._out.append(Log(level, text))
+
+    def check(self) -> None:
+        """The invariants; tests call it after every event."""
+        assert set(self._pulls) <= set(self._inboxes) <= set(self._routes)
+        assert all(clock >= self._clocks.min for _, clock in self._clocks.items())
+        assert {known for known, _ in self._clocks.items()} <= set(self._names)
+        if self._filled:
+            for incarnation, parked in self._pulls.items():
+                for pull in parked.values():
+                    late = self._inboxes[incarnation].applied < pull.after
+                    assert late or not self._within(incarnation, pull.clock), "a pull that could be answered is parked"
+
+
+_Act = Callable[[Shard, Peer, Any], None]
+
+_FROM_WORKERS: dict[type[Message], _Act] = {
+    Hello: Shard._hello,
+    Enter: Shard._operation,
+    Fill: Shard._operation,
+    Start: Shard._operation,
+    Push: Shard._operation,
+    Pause: Shard._operation,
+    Pull: Shard._pull,
+    Probe: Shard._probe,
+    Inquire: Shard._inquire,
+    Echo: Shard._echo,
+    Refused: Shard._ignore,
+}
+
+_FROM_COORDINATOR: dict[type[Message], _Act] = {
+    ShardWelcome: Shard._welcome,
+    Evicted: Shard._forgotten,
+    Waiting: Shard._spare,
+    Model: Shard._model,
+    View: Shard._new_view,
+    Refused: Shard._ignore,
+}

@@ -1,0 +1,117 @@
+"""The coordinator's table of shards: who holds which index, what each has reported (SPEC §3.1, §3.3.4).
+
+Rules
+- An index is held by one incarnation. It changes hands when its holder is silent for a lease, or when a new process has
+  bound the very address of the old one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+
+from ..protocol.effects import Peer
+from ..protocol.messages import Place, Report, ShardJoin
+
+MAX_SHARDS = 4096
+
+
+@dataclass(slots=True)
+class Held:
+    """A shard as the coordinator knows it."""
+
+    place: Place
+    peer: Peer
+    heard_at: float
+    epoch: int = 0
+    digest: str = ""
+    filled: bool = False
+    floor: int = 0
+    clocks: dict[int, int] = field(default_factory=dict)
+    counters: dict[str, float] = field(default_factory=dict)
+    sent_at: float = 0.0
+    model_sent_at: float = -inf
+
+
+class Shards:
+    """`lease` is in seconds, `wanted` the least number of shards that a layout waits for."""
+
+    def __init__(self, lease: float, wanted: int) -> None:
+        self._lease = lease
+        self.wanted = wanted
+        self.fixed = 0
+        """The number of shards in the layout, once there is one."""
+        self.digest = ""
+        self._held: dict[int, Held] = {}
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self._held.values())
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return tuple(self._held[index].place for index in sorted(self._held))
+
+    @property
+    def ready(self) -> bool:
+        """Are the indices 0, 1, … filled up to what is wanted?"""
+        return len(self._held) >= max(self.fixed, self.wanted) and set(self._held) == set(range(len(self._held)))
+
+    @property
+    def agreed(self) -> bool:
+        """Has every shard of the layout computed it as we did?"""
+        return self.fixed > 0 and all(
+            i in self._held and self._held[i].digest == self.digest for i in range(self.fixed)
+        )
+
+    @property
+    def unfilled(self) -> tuple[int, ...]:
+        return tuple(index for index, held in sorted(self._held.items()) if index < self.fixed and not held.filled)
+
+    def known(self, incarnation: int) -> Held | None:
+        return next((held for held in self._held.values() if held.place.incarnation == incarnation), None)
+
+    def is_lost(self, held: Held, now: float) -> bool:
+        return now - held.heard_at >= self._lease
+
+    def join(self, join: ShardJoin, peer: Peer, now: float) -> tuple[Held | None, bool]:
+        """A shard asks for its place. Returns (its entry or None for a spare, has the table changed)."""
+        held = self.known(join.incarnation)
+        if held is not None:
+            held.peer, held.heard_at = peer, now
+            return held, False
+        index = self._choose(join, now)
+        if index is None:
+            return None, False
+        if not self.fixed and join.digest:
+            self.wanted = max(self.wanted, min(join.shards, MAX_SHARDS))
+        place = Place(index, join.incarnation, join.host, join.port, join.key)
+        self._held[index] = Held(place, peer, now)
+        return self._held[index], True
+
+    def _choose(self, join: ShardJoin, now: float) -> int | None:
+        survivor = join.digest and (not self.fixed or (join.digest == self.digest and join.index < self.fixed))
+        if survivor and 0 <= join.index < MAX_SHARDS and self._free(join.index, join, now):
+            return join.index
+        room = range(self.fixed or min(max(self.wanted, len(self._held) + 1), MAX_SHARDS))
+        mine = [i for i in room if i in self._held and self._same_address(self._held[i].place, join)]
+        if mine:
+            return mine[0]
+        return next((index for index in room if self._free(index, join, now)), None)
+
+    def _free(self, index: int, join: ShardJoin, now: float) -> bool:
+        held = self._held.get(index)
+        return held is None or self.is_lost(held, now) or self._same_address(held.place, join)
+
+    @staticmethod
+    def _same_address(place: Place, join: ShardJoin) -> bool:
+        return (place.host, place.port) == (join.host, join.port)
+
+    def report(self, held: Held, report: Report, peer: Peer, now: float) -> None:
+        held.peer, held.heard_at = peer, now
+        held.epoch, held.digest, held.filled = report.epoch, report.digest, report.filled
+        held.floor = report.floor
+        held.clocks = dict(report.clocks)
+        held.counters = dict(report.counters)

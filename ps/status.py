@@ -1,0 +1,143 @@
+"""The state of a cluster, for people and scripts: what `shoal status --json` prints.
+
+Rules
+- Plain JSON: no NaN, no infinity (an infinite staleness is "inf").
+- An insecure cluster says so, every time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .coordinator import Coordinator
+    from .members import Life
+
+
+def status(coordinator: Coordinator) -> dict[str, Any]:
+    """Everything that the coordinator knows, as JSON values. Seconds are seconds, bytes bytes."""
+    c = coordinator
+    shards = list(c.shards)
+    totals = totals_of(c)
+    return {
+        "run": f"{c.run:016x}",
+        "mode": c.settings.mode,
+        "staleness": plain(c.settings.staleness),
+        "lease": c.settings.lease,
+        "security": "none" if c.settings.insecure else ("curve" if any(s.place.key for s in shards) else "loopback"),
+        "insecure": c.settings.insecure,
+        "epoch": c.epoch,
+        "seconds": round(c.now - c.opened_at, 3) if c.opened_at is not None else 0.0,
+        "waiting_for": _waiting_for(c),
+        "model": _model(c),
+        "min_clock": min(
+            (life.clock for life in c.members if life.entered), default=max((s.floor for s in shards), default=0)
+        ),
+        "max_clock": max((life.clock for life in c.members), default=0),
+        "workers": [_worker(life, c.now) for life in [*c.members, *c.members.ended[-256:]]],
+        "shards": [
+            {
+                "index": s.place.index,
+                "address": f"{s.place.host}:{s.place.port}",
+                "state": "lost" if c.shards.is_lost(s, c.now) else "live",
+                "filled": s.filled,
+                "min_clock": s.floor,
+                "heard_seconds_ago": round(c.now - s.heard_at, 3),
+                "counters": dict(s.counters),
+            }
+            for s in shards
+        ],
+        "data": [
+            {
+                "name": job.name,
+                "examples": job.length,
+                "epoch": job.epoch,
+                "leased": len(job.leased),
+                "completed": job.completed,
+                "lost": job.lost,
+                "re_leased": job.released,
+            }
+            for job in c.partitions.jobs.values()
+        ],
+        "totals": totals,
+        "rejected": _rejected(c),
+        "logged": {name: plain(value) for name, value in c.logged.items()},
+    }
+
+
+def totals_of(c: Coordinator) -> dict[str, Any]:
+    """What all lives, ended and live, have done together."""
+    stats = Counter(c.totals.stats)
+    for life in c.members:
+        stats.update(life.stats)
+    histogram = {
+        name.removeprefix("staleness."): int(count) for name, count in stats.items() if name.startswith("staleness.")
+    }
+    return {
+        "steps": int(stats["steps"]),
+        "bytes_pushed": int(stats["bytes_pushed"]),
+        "bytes_pulled": int(stats["bytes_pulled"]),
+        "retries": int(stats["retries"]),
+        "skipped": int(stats["skipped"]),
+        "staleness": dict(sorted(histogram.items(), key=lambda item: int(item[0]))),
+        "seconds": {
+            n.removeprefix("seconds."): round(v, 4) for n, v in sorted(stats.items()) if n.startswith("seconds.")
+        },
+        "workers_lost": c.totals.lost,
+        "workers_left": c.totals.left,
+    }
+
+
+def plain(value: float) -> float | str | None:
+    """A number as JSON has it."""
+    if math.isnan(value):
+        return None
+    return value if math.isfinite(value) else ("inf" if value > 0 else "-inf")
+
+
+def _worker(life: Life, now: float) -> dict[str, Any]:
+    return {
+        "name": life.name,
+        "number": life.number,
+        "state": life.state if life.state != "live" or life.entered else "idle",
+        "host": life.host,
+        "pid": life.pid,
+        "attempt": life.attempt,
+        "clock": life.clock,
+        "renewed_seconds_ago": round(now - life.renewed_at, 3),
+        "stats": {name: plain(value) for name, value in life.stats.items()},
+        "logged": {name: plain(value) for name, value in life.logged.items()},
+    }
+
+
+def _model(c: Coordinator) -> dict[str, Any] | None:
+    if c.spec is None:
+        return None
+    return {
+        "tensors": len(c.spec.tensors),
+        "bytes": c.spec.total_bytes,
+        "shards": c.shards.fixed,
+        "layout": c.shards.digest,
+        "filled": not c.shards.unfilled,
+    }
+
+
+def _waiting_for(c: Coordinator) -> str:
+    if not c.shards.ready:
+        return f"shards: {len(c.shards)} of {max(c.shards.fixed, c.shards.wanted)} are here"
+    if c.opened_at is None:
+        return f"workers: {len(c.members)} of {c.settings.min_workers} have joined"
+    return ""
+
+
+def _rejected(c: Coordinator) -> dict[str, int]:
+    """Refused messages and connections by reason, over all processes."""
+    found: Counter[str] = Counter()
+    for counters in [c.counters, *(s.counters for s in c.shards)]:
+        for name, value in counters.items():
+            kind, _, reason = name.partition(".")
+            if kind in ("rejected", "refused"):
+                found[reason] += int(value)
+    return dict(found)

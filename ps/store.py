@@ -1,0 +1,149 @@
+"""The blocks of a shard: their values, versions and updates (SPEC §4.2, §6.4).
+
+Rules
+- A live block is never handed out: a reader gets a copy, made once a version and shared by all who ask for that version.
+- Sizes are checked here, against the layout, before anything is touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..protocol.layout import Block, Layout
+from ..protocol.messages import Buffer
+from .rules import Ranges, Updater
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class Misfit(Exception):
+    """A payload does not fit the layout, or holds NaN. `code` goes into the refusal."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(slots=True)
+class _Held:
+    block: Block
+    group: int
+    weights: torch.Tensor
+    updater: Updater
+    version: int = 0
+    copies: tuple[int, memoryview] | None = field(default=None, repr=False)
+
+
+class Store:
+    """The blocks that shard `index` owns under `layout`, all zero until filled."""
+
+    def __init__(self, layout: Layout, index: int) -> None:
+        self.layout = layout
+        self.version = 0
+        self._held: dict[int, _Held] = {}
+        for block in layout.by_shard[index]:
+            flat = layout.flats[block.flat]
+            weights = torch.zeros(block.elements, dtype=DTYPES[flat.dtype])
+            self._held[block.index] = _Held(
+                block, flat.group, weights, Updater(weights, layout.spec.groups[flat.group])
+            )
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return tuple(self._held)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(held.block.nbytes for held in self._held.values())
+
+    def group(self, block: int) -> int:
+        return self._held[block].group
+
+    def nbytes_of(self, block: int) -> int:
+        return self._held[block].block.nbytes
+
+    def tensor(self, block: int, payload: Buffer, ranges: Ranges | None = None) -> torch.Tensor:
+        """A payload as a gradient of (part of) a block. Not a copy.
+
+        Raises:
+            Misfit: `shape` for a foreign block or a wrong length, `nonfinite` for NaN or infinity.
+        """
+        held = self._held.get(block)
+        if held is None:
+            raise Misfit("shape", f"block {block} is not on this shard")
+        elements = held.block.elements if ranges is None else sum(b - a for a, b in ranges)
+        if len(payload) != elements * held.block.itemsize:
+            raise Misfit("shape", f"block {block}: {len(payload)} bytes, not {elements * held.block.itemsize}")
+        tensor = _tensor(payload, held.weights.dtype)
+        # A sum is one pass at memory speed, and NaN or infinity shows in it; only then look at each.
+        if not torch.isfinite(tensor.sum()) and not bool(torch.isfinite(tensor).all()):
+            raise Misfit("nonfinite", f"block {block} holds NaN or infinity")
+        return tensor
+
+    def check_ranges(self, block: int, ranges: Ranges) -> None:
+        """
+        Raises:
+            Misfit: the ranges are not ascending, touch, or leave the block.
+        """
+        held = self._held.get(block)
+        before = -1
+        for start, stop in ranges:
+            if held is None or not before < start < stop <= held.block.elements:
+                raise Misfit("shape", f"block {block}: the range [{start}, {stop}) is not in order or not in the block")
+            before = stop
+
+    def fill(self, block: int, payload: Buffer) -> None:
+        """Set a block's values.
+
+        Raises:
+            Misfit: as `tensor`; weights that are not finite are let in, they are the user's.
+        """
+        held = self._held.get(block)
+        if held is None or len(payload) != held.block.nbytes:
+            raise Misfit("shape", f"block {block} with {len(payload)} bytes")
+        held.weights.copy_(_tensor(payload, held.weights.dtype))
+        self._changed(held)
+
+    def apply(
+        self, block: int, gradient: torch.Tensor, ranges: Ranges | None, numbers: tuple[float, ...], workers: int
+    ) -> None:
+        """One step of the block's rule; see `Updater.apply`."""
+        held = self._held[block]
+        held.updater.apply(gradient, ranges, numbers, workers)
+        self._changed(held)
+
+    def changed_since(self, version: int, blocks: tuple[int, ...] = ()) -> list[int]:
+        """Which of `blocks` (empty: all) have changed after `version`, in order."""
+        return [index for index in blocks or self._held if self._held[index].version > version]
+
+    def snapshot(self, block: int) -> memoryview:
+        """The block's values now, as bytes that nobody will change."""
+        held = self._held[block]
+        if held.copies is None or held.copies[0] != held.version:
+            held.copies = (held.version, memoryview(held.weights.view(torch.uint8).numpy().copy()))  # type: ignore[arg-type]
+        return held.copies[1]
+
+    def _changed(self, held: _Held) -> None:
+        self.version += 1
+        held.version = self.version
+        held.copies = None
+
+
+def _tensor(payload: Buffer, dtype: torch.dtype) -> torch.Tensor:
+    """The payload as a tensor. Frames off a socket are writable, as torch wants it; anything else is copied."""
+    if memoryview(payload).readonly:
+        payload = bytearray(payload)
+    return torch.frombuffer(payload, dtype=dtype)

@@ -1,0 +1,137 @@
+"""What operations do to a shard's weights: filling, applying at once, averaging a step (SPEC §4.3, §6.3).
+
+Rules
+- A push is checked whole, against the layout, before any of it is applied.
+- In sync mode a worker's pushes of a step count when the step is complete: all of them, or none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..protocol.layout import Layout
+from ..protocol.messages import Fill, Push
+from .averaging import StepAverage
+from .rules import Ranges
+from .store import Misfit, Store
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """One block's part of a push, checked."""
+
+    block: int
+    gradient: torch.Tensor
+    ranges: Ranges | None
+    numbers: tuple[float, ...]
+
+
+class Weights:
+    """The blocks of one shard under one layout, zero until filled."""
+
+    def __init__(self, layout: Layout, index: int) -> None:
+        self.layout = layout
+        self.store = Store(layout, index)
+        self.filled = not len(self.store)
+        self.updates = 0
+        self._filling: set[int] = set()
+        self._average = StepAverage()
+        self._collected: dict[int, list[Push]] = {}
+
+    def restart_filling(self) -> None:
+        """Another worker fills from now on: what the one before had sent does not count."""
+        self._filling.clear()
+
+    def fill(self, fill: Fill) -> None:
+        """First values, from the filler.
+
+        Raises:
+            Misfit: a foreign block or a wrong length.
+        """
+        for block, payload in zip(fill.blocks, fill.buffers, strict=True):
+            self.store.fill(block, payload)
+            self._filling.add(block)
+        self.filled = len(self._filling) == len(self.store)
+
+    def apply(self, push: Push, workers: int) -> None:
+        """Apply a push at once.
+
+        Args:
+            workers: how many are counted in.
+
+        Raises:
+            Misfit: nothing of it was applied.
+        """
+        for update in self._checked(push):
+            self.store.apply(update.block, update.gradient, update.ranges, update.numbers, workers)
+        self.updates += 1
+
+    def collect(self, push: Push) -> None:
+        """Keep a push of the open step until its worker has finished the step.
+
+        Raises:
+            Misfit: it is not kept.
+        """
+        self._checked(push)
+        self._collected.setdefault(push.incarnation, []).append(push)
+
+    def drop(self, incarnation: int) -> None:
+        """A worker will not finish the open step."""
+        self._collected.pop(incarnation, None)
+
+    def contribute(self, last: Push, rank: int) -> None:
+        """A worker has finished the open step with `last`. `rank` is its place in the order of joining."""
+        collected = self._collected.pop(last.incarnation, [])
+        if last.examples > 0:
+            for push in collected:
+                for u in self._checked(push):
+                    elements = self.store.nbytes_of(u.block) // u.gradient.element_size()
+                    self._average.add(u.block, elements, u.gradient, u.ranges, push.examples)
+        self._average.finish(last.examples, rank, last.hyper)
+
+    def close_step(self) -> None:
+        """Every worker has passed the open step: apply its average."""
+        average, self._average = self._average, StepAverage()
+        for block, mean, ranges in average.means():
+            numbers = average.hyper[self.store.group(block)] if average.hyper else ()
+            self.store.apply(block, mean, ranges, numbers, 1)
+        self.updates += 1
+
+    def _checked(self, push: Push) -> list[_Update]:
+        rules = self.layout.spec.groups
+        if not self.filled:
+            raise Misfit("unfilled", "this shard has no weights yet; the update is lost")
+        if push.hyper and len(push.hyper) != len(rules):
+            raise Misfit("shape", f"hyperparameters for {len(push.hyper)} groups of {len(rules)}")
+        if any(a >= b for a, b in zip(push.blocks, push.blocks[1:], strict=False)):
+            raise Misfit("shape", "blocks are not ascending")
+        found = []
+        for block, ranges, payload in zip(push.blocks, _spans(push), push.buffers[bool(push.ranges) :], strict=True):
+            if ranges is not None:
+                self.store.check_ranges(block, ranges)
+            gradient = self.store.tensor(block, payload, ranges)
+            rule = rules[self.store.group(block)]
+            numbers = push.hyper[self.store.group(block)] if push.hyper else ()
+            if numbers and not rule.accepts(numbers):
+                raise Misfit("shape", f"hyperparameters {numbers} do not fit {rule.name}")
+            found.append(_Update(block, gradient, ranges, numbers))
+        return found
+
+
+def _spans(push: Push) -> list[list[tuple[int, int]] | None]:
+    """The ranges of each block in a push; None for a whole block."""
+    if not push.ranges:
+        return [None] * len(push.blocks)
+    buffer = push.buffers[0]
+    if len(buffer) != 8 * sum(push.ranges):
+        raise Misfit("shape", f"{len(buffer)} bytes of ranges, not {8 * sum(push.ranges)}")
+    pairs = np.frombuffer(buffer, "<u4").reshape(-1, 2).tolist()
+    spans: list[list[tuple[int, int]] | None] = []
+    at = 0
+    for count in push.ranges:
+        spans.append([(start, stop) for start, stop in pairs[at : at + count]] if count else None)
+        at += count
+    return spans

@@ -1,0 +1,162 @@
+"""What happened in a simulated run, and the checkers of the design's guarantees (DESIGN §5).
+
+Each update adds 1 to an element of its own in every shard's block (a one-hot gradient of -1 under SGD with lr 1), so the values
+that a pull returns say exactly which updates they contain, and how often.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from math import inf
+
+
+class Violation(AssertionError):
+    """A guarantee is broken."""
+
+
+@dataclass
+class Update:
+    """One push: its element, who made it at which clock, for which data, and what became of it."""
+
+    element: int
+    incarnation: int
+    clock: int
+    examples: float
+    epoch: int
+    start: int
+    stop: int
+    pushed_at: float
+    acked_at: float = inf
+    failed: bool = False
+
+
+@dataclass
+class Life:
+    """One incarnation of a worker, as an observer from above sees it."""
+
+    name: str
+    incarnation: int
+    started_at: float
+    start_clock: int
+    counted: list[tuple[float, float]] = field(default_factory=list)
+    """When it was counted in everywhere: intervals [from, to)."""
+    ended_at: float = inf
+
+
+@dataclass
+class PullDone:
+    """A pull that was answered. `values` by shard; `own` are the elements that the reader had pushed before it asked."""
+
+    incarnation: int
+    clock: int
+    asked_at: float
+    answered_at: float
+    values: dict[int, list[float]]
+    own: tuple[int, ...]
+    counted: bool
+    """Was the reader itself counted in?"""
+
+
+@dataclass
+class History:
+    """Everything that checkers look at."""
+
+    mode: str
+    staleness: float
+    updates: dict[int, Update] = field(default_factory=dict)
+    lives: dict[int, Life] = field(default_factory=dict)
+    pulls: list[PullDone] = field(default_factory=list)
+    waits: list[tuple[str, float, float]] = field(default_factory=list)
+    """(worker, asked at, answered at) of every pull."""
+
+    def by_life(self) -> dict[int, list[Update]]:
+        found: dict[int, list[Update]] = defaultdict(list)
+        for update in self.updates.values():
+            found[update.incarnation].append(update)
+        return found
+
+
+def check_staleness(history: History) -> None:
+    """Guarantee 1: a pull at clock c holds every update with clock <= c - s - 1 of every live worker, and the reader's own."""
+    bound = 0.0 if history.mode == "sync" else history.staleness
+    by_life = history.by_life()
+    for pull in history.pulls:
+        for element in pull.own:
+            if any(values[element] == 0 for values in pull.values.values()):
+                if history.mode == "sync" and history.updates[element].clock >= pull.clock:
+                    continue  # its step is not closed yet
+                raise Violation(f"a pull at {pull.answered_at:.3f} lacks the reader's own update {element}")
+        if not pull.counted or bound == inf:
+            continue
+        least = pull.clock - int(bound)
+        for life in history.lives.values():
+            whole = any(a <= pull.asked_at and pull.answered_at < b for a, b in life.counted)
+            if not whole or life.ended_at <= pull.answered_at:
+                continue
+            mine = by_life[life.incarnation]
+            reached = life.start_clock + sum(update.pushed_at <= pull.answered_at for update in mine)
+            if reached < least:
+                raise Violation(
+                    f"a pull at clock {pull.clock} was answered at {pull.answered_at:.3f} "
+                    f"while {life.name} was at {reached}, bound {bound}"
+                )
+            for update in mine:
+                if update.clock < least and any(values[update.element] == 0 for values in pull.values.values()):
+                    raise Violation(
+                        f"a pull at clock {pull.clock} (bound {bound}) at {pull.answered_at:.3f} lacks update {update.element} "
+                        f"of {life.name} at clock {update.clock}"
+                    )
+
+
+def check_once(history: History, final: dict[int, list[float]]) -> None:
+    """Guarantee 2: an acknowledged update is applied once at every shard, any other at most once."""
+    for shard, values in final.items():
+        if history.mode == "sync":
+            _check_means(history, shard, values)
+            continue
+        for update in history.updates.values():
+            times = values[update.element]
+            if times not in (0.0, 1.0):
+                raise Violation(f"shard {shard}: update {update.element} was applied {times:g} times")
+            if update.acked_at < inf and times != 1.0:
+                raise Violation(f"shard {shard}: update {update.element} was acknowledged and is not there")
+        strangers = [i for i, value in enumerate(values) if value and i not in history.updates]
+        if strangers:
+            raise Violation(f"shard {shard}: elements {strangers[:5]} changed though nobody pushed them")
+
+
+def _check_means(history: History, shard: int, values: list[float]) -> None:
+    """In sync mode the updates of one step share a weight of 1, in proportion to their examples."""
+    steps: dict[int, list[Update]] = defaultdict(list)
+    for update in history.updates.values():
+        if values[update.element]:
+            steps[update.clock].append(update)
+        elif update.acked_at < inf:
+            raise Violation(f"shard {shard}: update {update.element} was acknowledged and is not in any average")
+    for clock, updates in steps.items():
+        total = sum(update.examples for update in updates)
+        for update in updates:
+            expected, found = update.examples / total, values[update.element]
+            if abs(expected - found) > 1e-4:
+                raise Violation(
+                    f"shard {shard}: in step {clock}, update {update.element} weighs {found:.4f}, not {expected:.4f}"
+                )
+
+
+def check_coverage(history: History, length: int, epochs: int) -> None:
+    """Guarantee 4: in each epoch every example is in a range whose update was acknowledged."""
+    for epoch in range(epochs):
+        covered = bytearray(length)
+        for update in history.updates.values():
+            if update.epoch == epoch and update.acked_at < inf:
+                covered[update.start : update.stop] = b"\1" * (update.stop - update.start)
+        if not all(covered):
+            raise Violation(f"epoch {epoch}: example {covered.index(0)} was completed by nobody")
+
+
+def check_release(history: History, bound: float) -> None:
+    """Guarantee 5: nobody is held up longer than a lease (and what `bound` grants beyond) by the dead."""
+    for name, asked, answered in history.waits:
+        if answered - asked > bound:
+            raise Violation(f"{name} waited {answered - asked:.1f} s for a pull asked at {asked:.1f}, over {bound:.1f}")

@@ -1,0 +1,335 @@
+"""A simulated cluster: real cores, and workers that run the training loop of the README as a little state machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from math import inf
+from typing import Any
+
+import numpy as np
+from history import History, Life, PullDone, Update
+from simnet import Faults, Node, Sim
+
+from shoal.protocol.effects import COORDINATOR, Fail, Resolve, Tick
+from shoal.protocol.errors import ServerLost, WorkerEvicted
+from shoal.protocol.messages import Place
+from shoal.protocol.model import ModelSpec, Tensor
+from shoal.protocol.rules import SGD
+from shoal.ps.coordinator import Coordinator, Settings
+from shoal.ps.shard import Shard
+from shoal.worker import calls
+from shoal.worker.core import Core
+
+ELEMENTS = 1024
+"""Elements of each shard's one block, and updates that a run may make."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the workers train on."""
+
+    length: int = 40
+    batch: int = 4
+    size: int = 8
+    epochs: int = 2
+
+
+class App:
+    """One worker process: registers, then claims, pulls, computes, pushes, until the data is done."""
+
+    def __init__(self, cluster: Cluster, name: str, attempt: int, pace: float) -> None:
+        self.cluster, self.name, self.pace = cluster, name, pace
+        sim = cluster.sim
+        self.core = Core(
+            Place(0, 0, "coordinator", 1, ""), (name, attempt, "sim", 1), lambda: sim.random.getrandbits(63) | 1
+        )
+        self.node = Node(name, self.core)
+        self.node.on_effect = self._on_effect
+        self.finished = False
+        self.errors: list[Exception] = []
+        self._tickets = count(1)
+        self._then: dict[int, Callable[[Any], None]] = {}
+        self._lease: calls.Lease | None = None
+        self._at = 0
+        self._life: Life | None = None
+        self._paused = False
+        self._own: list[int] = []
+        sim.add(self.node)
+        self._call(calls.OpenCalled, self._opened)
+
+    # --- the script
+
+    def _opened(self, _: Any) -> None:
+        spec = self.cluster.spec
+        zeros = np.zeros(ELEMENTS, np.float32).tobytes()
+        self._call(calls.RegisterCalled, self._registered, spec.description, lambda block: zeros)
+
+    def _registered(self, _: Any) -> None:
+        job = self.cluster.job
+        self._call(calls.DeclareCalled, lambda _: self._next_lease(), "data", job.length, job.batch, job.size, 0, 0)
+
+    def _next_lease(self) -> None:
+        self._call(calls.ClaimCalled, self._leased, "data", self.cluster.job.epochs)
+
+    def _leased(self, lease: calls.Lease | None) -> None:
+        if lease is None:
+            self._give(calls.PauseCalled())
+            return self._pull(self._finish)
+        if lease.incarnation != self.core.incarnation:
+            return self._next_lease()
+        self._lease, self._at = lease, lease.start
+        self._call(calls.ResumeCalled, lambda _: self._step())
+
+    def _step(self) -> None:
+        assert self._lease is not None
+        if self._lease.incarnation != self.core.incarnation or self._at >= self._lease.stop:
+            return self._next_lease()
+        self._pull(self._compute)
+
+    def _compute(self) -> None:
+        sim = self.cluster.sim
+        sim.at(sim.now + sim.random.uniform(0.2, 1.8) * self.pace, self._push)
+
+    def _push(self) -> None:
+        if self.cluster.sim.nodes.get(self.name) is not self.node:
+            return
+        if self.node.stopped:
+            return self.cluster.sim.at(self.cluster.sim.now + 0.05, self._push)
+        lease = self._lease
+        assert lease is not None
+        if lease.incarnation != self.core.incarnation or not self.core.fleet.running:
+            return self._pull(self._next_lease)
+        stop = min(self._at + self.cluster.job.batch, lease.stop)
+        update = self.cluster.new_update(self.core, lease, self._at, stop)
+        self._own.append(update.element)
+        payload = np.zeros(ELEMENTS, np.float32)
+        payload[update.element] = -1.0
+        parts = tuple(
+            calls.Part(block.shard, (block.index,), (), (payload.tobytes(),)) for block in self.core.layout.blocks
+        )
+
+        def acked(result: Any) -> None:
+            update.acked_at = self.cluster.sim.now
+
+        self._call(
+            calls.PushCalled, acked, parts, True, update.examples, (), failed=lambda error: self._lost(update, error)
+        )
+        self._at = stop
+        self._give(calls.DoneCalled(lease, stop - lease.start))
+        self._step()
+
+    def _lost(self, update: Update, error: Exception) -> None:
+        update.failed = True
+        if not isinstance(error, WorkerEvicted | ServerLost):
+            self.errors.append(error)
+
+    def _pull(self, then: Callable[[], None]) -> None:
+        asked = self.cluster.sim.now
+        own = tuple(self._own)
+        blocks = {block.shard: () for block in self.core.layout.blocks}
+
+        def pulled(answer: calls.Pulled) -> None:
+            life = self.core.incarnation
+            own_now = tuple(e for e in own if self.cluster.history.updates[e].incarnation == life)
+            values = {}
+            for block in self.core.layout.blocks:
+                values[block.shard] = np.frombuffer(answer.blocks[block.index], np.float32).tolist()
+            self.cluster.history.pulls.append(
+                PullDone(life, answer.clock, asked, self.cluster.sim.now, values, own_now, self.core.fleet.running)
+            )
+            if not self.cluster.exempt(self.name, asked):
+                self.cluster.history.waits.append((self.name, asked, self.cluster.sim.now))
+            then()
+
+        self._call(calls.PullCalled, pulled, blocks, {}, failed=lambda error: self._retry(error, then))
+
+    def _retry(self, error: Exception, then: Callable[[], None]) -> None:
+        if not isinstance(error, ServerLost):
+            self.errors.append(error)
+        self._pull(then)
+
+    def _finish(self) -> None:
+        self._call(calls.CloseCalled, self._closed)
+
+    def _closed(self, _: Any) -> None:
+        self.finished = True
+
+    # --- plumbing
+
+    def _call(
+        self, kind: Any, then: Callable[[Any], None], *args: Any, failed: Callable[[Exception], None] | None = None
+    ) -> None:
+        ticket = next(self._tickets)
+
+        def again(error: Exception) -> None:
+            if isinstance(error, ServerLost):  # a script would raise; this one is stubborn
+                self._call(kind, then, *args, failed=failed)
+            else:
+                self.errors.append(error)
+
+        self._then[ticket] = then
+        self._then[-ticket] = failed or again
+        self._give(kind(ticket, *args))
+
+    def _give(self, event: Any) -> None:
+        # From within an effect the core is not in `handle` any more, but its effects are still being performed: wait for the queue.
+        self.cluster.sim.at(self.cluster.sim.now, lambda: self.cluster.sim.give(self.node, event))
+
+    def _on_effect(self, effect: Resolve | Fail, now: float) -> None:
+        match effect:
+            case Resolve(ticket, value):
+                self._then.pop(-ticket)
+                self._then.pop(ticket)(value)
+            case Fail(ticket, error):
+                self._then.pop(ticket)
+                self._then.pop(-ticket)(error)
+
+
+class Cluster:
+    """A coordinator, shards and workers in one simulation."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        workers: int = 3,
+        shards: int = 2,
+        mode: str = "async",
+        staleness: float = 1.0,
+        lease: float = 3.0,
+        faults: Faults = Faults(),  # noqa: B008 - frozen
+        job: Job = Job(),
+        min_workers: int = 1,
+        make_shard: Callable[..., Shard] = Shard,
+        make_coordinator: Callable[..., Coordinator] = Coordinator,
+    ) -> None:
+        self.sim = Sim(seed, faults)
+        self.job, self.lease = job, lease
+        self.history = History(mode, staleness)
+        self.spec = ModelSpec((Tensor("marks", "float32", (shards * ELEMENTS,)),), (SGD(lr=1.0),))
+        self.settings = Settings(
+            mode=mode,
+            staleness=staleness,
+            lease=lease,
+            min_workers=min_workers,
+            min_shards=shards,
+            block_bytes=4 * ELEMENTS,
+        )
+        self.make_shard, self.make_coordinator = make_shard, make_coordinator
+        self.apps: dict[str, App] = {}
+        self.to_come = 0
+        """Workers that will be restarted."""
+        self._attempts: dict[str, int] = {}
+        self.troubled: dict[str, float] = {}
+        self._elements = count()
+        self.start_coordinator()
+        for index in range(shards):
+            self.start_shard(index)
+        for index in range(workers):
+            self.start_worker(f"w{index}")
+
+    # --- processes
+
+    def start_coordinator(self) -> None:
+        self.coordinator = self.make_coordinator(self.sim.random.getrandbits(63), self.settings)
+        self.sim.add(Node("coordinator", self.coordinator))
+
+    def start_shard(self, index: int) -> None:
+        node = Node(f"s{index}", self.make_shard(self.sim.random.getrandbits(63) | 1, f"s{index}", 1))
+        self.sim.add(node)
+        self.sim.door(node, COORDINATOR, "coordinator")
+
+    def start_worker(self, name: str, attempt: int = 0) -> None:
+        self.apps[name] = App(self, name, attempt, pace=self.sim.random.choice((0.01, 0.03, 0.1)))
+
+    def restart_worker(self, name: str) -> None:
+        self.to_come -= 1
+        self._attempts[name] = self._attempts.get(name, 0) + 1
+        self.start_worker(name, self._attempts[name])
+
+    def crash_worker(self, name: str) -> None:
+        app = self.apps.pop(name)
+        self.sim.crash(name)
+        life = self.history.lives.get(app.core.incarnation)
+        if life is not None:
+            life.ended_at = self.sim.now
+
+    def trouble(self, name: str) -> None:
+        """From now on this worker's waits are its own fault."""
+        self.troubled[name] = self.sim.now
+
+    def exempt(self, name: str, asked: float) -> bool:
+        return name in self.troubled
+
+    # --- the record
+
+    def new_update(self, core: Core, lease: calls.Lease, start: int, stop: int) -> Update:
+        element = next(self._elements)
+        assert element < ELEMENTS, "too many updates for one run"
+        examples = float(stop - start)
+        update = Update(element, core.incarnation, core.stats.clock, examples, lease.epoch, start, stop, self.sim.now)
+        self.history.updates[element] = update
+        return update
+
+    def watch(self) -> None:
+        """After every event: who is counted in, who has ended. An observer from above, not part of the system."""
+        live = {life.incarnation for life in self.coordinator.members}
+        now = self.sim.now
+        for app in self.apps.values():
+            core = app.core
+            if core.fleet.running and core.incarnation in live:
+                life = self.history.lives.get(core.incarnation)
+                if life is None:
+                    life = self.history.lives[core.incarnation] = Life(
+                        app.name, core.incarnation, now, core.stats.clock
+                    )
+                if not life.counted or life.counted[-1][1] <= now:
+                    life.counted.append((now, inf))
+                    self._resumed(life, core)
+        for life in self.history.lives.values():
+            running = any(
+                app.core.incarnation == life.incarnation and app.core.fleet.running for app in self.apps.values()
+            )
+            if life.counted and life.counted[-1][1] == inf and (not running or life.incarnation not in live):
+                life.counted[-1] = (life.counted[-1][0], now)
+            if life.incarnation not in live and life.ended_at == inf:
+                life.ended_at = now
+
+    def _resumed(self, life: Life, core: Core) -> None:
+        """A worker that was counted out may come back at a higher clock."""
+        done = sum(update.incarnation == life.incarnation for update in self.history.updates.values())
+        life.start_clock = core.stats.clock - done
+
+    def final_values(self) -> dict[int, list[float]]:
+        found = {}
+        for name, node in self.sim.nodes.items():
+            if isinstance(node.core, Shard) and node.core._weights is not None and node.core._weights.filled:
+                store = node.core._weights.store
+                (block,) = store.blocks
+                found[int(name[1:])] = np.frombuffer(store.snapshot(block), np.float32).tolist()
+        return found
+
+    def run(self, until: float = 600.0) -> bool:
+        """Until every worker has finished its data. False if the virtual time ran out."""
+        give = self.sim.give
+
+        def observed(node: Node, event: Any) -> None:
+            give(node, event)
+            self.watch()
+
+        self.sim.give = observed  # type: ignore[method-assign]
+        return self.sim.run(until, lambda: not self.to_come and all(app.finished for app in self.apps.values()))
+
+
+def story(cluster: Cluster) -> str:
+    """What to print when a run fails."""
+    states = [
+        f"{a.name}: {a.core.phase.value}, clock {a.core.stats.clock}, {a.core.why_waiting()}, {a.errors}"
+        for a in cluster.apps.values()
+    ]
+    return "\n".join([*cluster.sim.log[-40:], *states])
+
+
+__all__ = ["App", "Cluster", "Job", "Tick", "story"]

@@ -1,0 +1,173 @@
+"""What a user's thread asks of the worker's core. Each is an event; the answer comes as `Resolve` or `Fail` of its ticket.
+
+Rules
+- A ticket is a number that the client chose; a call without one wants no answer.
+- Buffers belong to the core until the ticket has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from ..protocol.messages import Buffer, Buffers
+
+
+@dataclass(frozen=True, slots=True)
+class OpenCalled:
+    """Join. Resolved (None) when every shard has greeted."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterCalled:
+    """Register a model and enter the clocks. Resolved with its `Layout`.
+
+    Args:
+        source: block number -> its values now; asked only if this worker is to fill a shard.
+    """
+
+    ticket: int
+    description: bytes
+    source: Callable[[int], Buffer]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What goes to one shard in one message: blocks of it, whole or in ranges (SPEC §7)."""
+
+    shard: int
+    blocks: tuple[int, ...]
+    ranges: tuple[int, ...]
+    buffers: Buffers
+
+
+@dataclass(frozen=True, slots=True)
+class PushCalled:
+    """Push, and with `advance` finish the step. Resolved (None) when every shard has applied it."""
+
+    ticket: int
+    parts: tuple[Part, ...]
+    advance: bool
+    examples: float
+    hyper: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PullCalled:
+    """Read blocks. Resolved with a `Pulled`.
+
+    Args:
+        blocks: by shard; an empty tuple means all blocks of that shard.
+        held: by shard, the incarnation and version that the caller has all blocks of.
+    """
+
+    ticket: int
+    blocks: Mapping[int, tuple[int, ...]]
+    held: Mapping[int, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """An answer: the blocks that had changed, and by shard the incarnation and version that they are of.
+
+    Args:
+        clock, min_clock: the reader's clock, and the least of all, when it was answered.
+    """
+
+    blocks: Mapping[int, Buffer]
+    versions: Mapping[int, tuple[int, int]]
+    clock: int
+    min_clock: int
+
+
+@dataclass(frozen=True, slots=True)
+class PauseCalled:
+    """Leave the clocks until `ResumeCalled`: this worker has no data for now and must hold nobody up."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeCalled:
+    """Enter the clocks again. Resolved (None) when that is done."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeclareCalled:
+    """Declare a data set. Resolved with the partition's size, in examples."""
+
+    ticket: int
+    job: str
+    length: int
+    batch: int
+    size: int
+    seed: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimCalled:
+    """Ask for a range of an epoch below `epochs`. Resolved with a `Lease`, or None when all are complete."""
+
+    ticket: int
+    job: str
+    epochs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Examples `[start, stop)` of an epoch's order, for the life of `incarnation`."""
+
+    incarnation: int
+    number: int
+    epoch: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class DoneCalled:
+    """`done` examples of a lease are processed; told to the coordinator once everything pushed so far is acknowledged."""
+
+    lease: Lease
+    done: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogCalled:
+    """Named numbers, for status and report."""
+
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class CloseCalled:
+    """Say goodbye. Resolved (None) when the coordinator knows; then the core wants nothing more."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Nobody waits for this ticket any more."""
+
+    ticket: int
+
+
+Call: TypeAlias = (
+    OpenCalled
+    | RegisterCalled
+    | PushCalled
+    | PullCalled
+    | PauseCalled
+    | ResumeCalled
+    | DeclareCalled
+    | ClaimCalled
+    | DoneCalled
+    | LogCalled
+    | CloseCalled
+    | Cancelled
+)

@@ -1,0 +1,84 @@
+"""A worker's requests to the coordinator: numbered, repeated until answered, carried over to a new incarnation (SPEC §7).
+
+Rules
+- A request keeps its number while it is repeated; under a new incarnation it gets a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+
+from ..protocol.messages import Message
+
+RETRY = 1.0
+
+
+@dataclass(slots=True)
+class Ask:
+    """A request that is under way. `make(incarnation, request)` writes it."""
+
+    ticket: int
+    make: Callable[[int, int], Message]
+    lasting: bool
+    """Does it mean the same under a new incarnation?"""
+    idle: bool = False
+    """Has the worker nothing to do until it is answered?"""
+    sent_at: float = -inf
+    sent: int = 0
+
+
+class Desk:
+    """The requests under way, by number."""
+
+    def __init__(self) -> None:
+        self._asks: dict[int, Ask] = {}
+        self._last = 0
+
+    def __len__(self) -> int:
+        return len(self._asks)
+
+    def add(self, ask: Ask) -> int:
+        self._last += 1
+        self._asks[self._last] = ask
+        return self._last
+
+    def get(self, request: int) -> Ask | None:
+        return self._asks.get(request)
+
+    def answered(self, request: int) -> Ask | None:
+        """The request has its answer; None if it had one before."""
+        return self._asks.pop(request, None)
+
+    def due(self, incarnation: int, now: float) -> list[Message]:
+        """What is to be sent now, for the first time or again."""
+        found = []
+        for request, ask in self._asks.items():
+            if now - ask.sent_at >= RETRY:
+                ask.sent_at = now
+                ask.sent += 1
+                found.append(ask.make(incarnation, request))
+        return found
+
+    def hurry(self) -> None:
+        """The connection was made anew: send everything again."""
+        for ask in self._asks.values():
+            ask.sent_at = -inf
+
+    def carry_over(self) -> list[Ask]:
+        """A new incarnation begins. Returns what was dropped."""
+        asks, self._asks = list(self._asks.values()), {}
+        for ask in asks:
+            if ask.lasting:
+                ask.sent_at, ask.sent = -inf, 0
+                self.add(ask)
+        return [ask for ask in asks if not ask.lasting]
+
+    def drop(self, ticket: int) -> None:
+        """Nobody waits for this ticket any more."""
+        for request in [r for r, ask in self._asks.items() if ask.ticket == ticket]:
+            del self._asks[request]
+
+    def tickets(self) -> list[int]:
+        return [ask.ticket for ask in self._asks.values() if ask.ticket]
