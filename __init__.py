@@ -1,0 +1,93 @@
+"""shoal: an asynchronous parameter server with bounded staleness, over ZeroMQ.
+
+Nothing heavy is imported before it is used: each name below is loaded from the file that defines it when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .launch.cluster import LocalCluster
+    from .launch.connect import connect
+    from .protocol.errors import (
+        AuthError,
+        ConfigError,
+        NonFiniteError,
+        NoServerError,
+        ProtectionError,
+        RoundClosed,
+        ServerLost,
+        ShapeError,
+        ShoalError,
+        VersionError,
+        WaitTimeout,
+        WorkerEvicted,
+    )
+    from .protocol.rules import SGD, Adagrad, Adam, AdamW, Delta, RMSprop
+    from .worker.client import Worker
+
+_HOMES = {
+    "connect": "launch.connect",
+    "LocalCluster": "launch.cluster",
+    "Worker": "worker.client",
+    **dict.fromkeys(("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Delta"), "protocol.rules"),
+    **dict.fromkeys(
+        (
+            "AuthError",
+            "ConfigError",
+            "NoServerError",
+            "NonFiniteError",
+            "ProtectionError",
+            "RoundClosed",
+            "ServerLost",
+            "ShapeError",
+            "ShoalError",
+            "VersionError",
+            "WaitTimeout",
+            "WorkerEvicted",
+        ),
+        "protocol.errors",
+    ),
+}
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "AuthError",
+    "ConfigError",
+    "Delta",
+    "LocalCluster",
+    "NoServerError",
+    "NonFiniteError",
+    "ProtectionError",
+    "RMSprop",
+    "RoundClosed",
+    "ServerLost",
+    "ShapeError",
+    "ShoalError",
+    "VersionError",
+    "WaitTimeout",
+    "Worker",
+    "WorkerEvicted",
+    "__version__",
+    "connect",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'shoal' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

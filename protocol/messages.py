@@ -233,6 +233,7 @@ class Complete:
     incarnation: U64
     request: U64
     lease: U64
+    done: U64
 
 
 @dataclass(frozen=True, slots=True)

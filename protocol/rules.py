@@ -130,6 +130,11 @@ def AdamW(  # noqa: N802
     return _rule("adamw", lr, *betas, eps, weight_decay, amsgrad, maximize)
 
 
+def Delta() -> Rule:  # noqa: N802
+    """What is pushed is added to the weights."""
+    return Rule("delta")
+
+
 def _rule(name: str, *numbers: float) -> Rule:
     try:
         return Rule(name, tuple(float(number) for number in numbers))

@@ -390,7 +390,7 @@ class Coordinator:
                 )
                 self._answer(life, message.request, answer)
             case Complete():
-                self.partitions.complete(life.incarnation, message.lease)
+                self.partitions.complete(life.incarnation, message.lease, message.done)
                 self._answer(life, message.request, Completed(life.incarnation, message.request))
                 self._look_again()
 
@@ -479,9 +479,7 @@ class Coordinator:
         if found is Answer.NEVER:
             return Exhausted(life.incarnation, message.request)
         if found is None or isinstance(found, Answer):
-            return Refused(
-                message.request, "unknown", f"data set {message.job!r} is not declared, or too many leases are held"
-            )
+            return Refused(message.request, "undeclared", f"data set {message.job!r} is not declared")
         return Leased(life.incarnation, message.request, found.lease, found.epoch, found.start, found.stop)
 
     # --- the rest

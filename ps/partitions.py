@@ -15,8 +15,6 @@ from itertools import count
 from ..protocol.messages import Declare
 
 MAX_JOBS = 4096
-MAX_LEASES = 64
-"""Leases of one life at a time, over all jobs."""
 
 
 @dataclass(slots=True)
@@ -78,7 +76,7 @@ class Job:
         return held
 
     def give_back(self, held: Range) -> None:
-        """Its holder has died: what it had not done is free again."""
+        """Its holder does no more of it: what it had not done is free again."""
         del self.leased[held.lease]
         if held.start + held.done < held.stop:
             heapq.heappush(self.returned, (held.epoch, held.start + held.done, held.stop))
@@ -116,15 +114,9 @@ class Partitions:
         return ""
 
     def claim(self, incarnation: int, name: str, epochs: int) -> Range | Answer | None:
-        """The next range for a worker; None if there is no such job or the worker holds too many."""
+        """The next range for a worker; None if there is no such job."""
         job = self.jobs.get(name)
-        if (
-            job is None
-            or sum(held.incarnation == incarnation for j in self.jobs.values() for held in j.leased.values())
-            >= MAX_LEASES
-        ):
-            return None
-        return job.take(incarnation, epochs, self._numbers)
+        return job.take(incarnation, epochs, self._numbers) if job else None
 
     def progress(self, incarnation: int, lease: int, done: int) -> None:
         """A worker has completed `done` examples of a range that it holds."""
@@ -133,13 +125,16 @@ class Partitions:
             if held and held.incarnation == incarnation:
                 held.done = max(held.done, min(done, held.stop - held.start))
 
-    def complete(self, incarnation: int, lease: int) -> None:
-        """A range is done. A lease that the worker does not hold is no news: it was completed before, or given back."""
+    def complete(self, incarnation: int, lease: int, done: int) -> None:
+        """A worker has done `done` examples of a range and does no more of it.
+
+        A lease that it does not hold is no news: it was completed before, or given back.
+        """
         for job in self.jobs.values():
             held = job.leased.get(lease)
             if held and held.incarnation == incarnation:
-                del job.leased[lease]
-                job.completed += 1
+                held.done = max(held.done, min(done, held.stop - held.start))
+                job.give_back(held)
 
     def end(self, incarnation: int) -> None:
         """A life has ended."""

@@ -117,7 +117,7 @@ class App:
             calls.PushCalled, acked, parts, True, update.examples, (), failed=lambda error: self._lost(update, error)
         )
         self._at = stop
-        self._give(calls.DoneCalled(lease, stop - lease.start))
+        self._give(calls.DoneCalled(lease, stop - lease.start, stop == lease.stop))
         self._step()
 
     def _lost(self, update: Update, error: Exception) -> None:

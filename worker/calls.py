@@ -130,10 +130,15 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class DoneCalled:
-    """`done` examples of a lease are processed; told to the coordinator once everything pushed so far is acknowledged."""
+    """`done` examples of a lease are processed; told to the coordinator once everything pushed so far is acknowledged.
+
+    Args:
+        over: this worker does no more of it; what is left is free again.
+    """
 
     lease: Lease
     done: int
+    over: bool
 
 
 @dataclass(frozen=True, slots=True)

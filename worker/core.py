@@ -10,12 +10,13 @@ Rules
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from math import inf
 from typing import Any
 
 from ..protocol.effects import COORDINATOR, Denied, Effect, Linked, Received, Tick, Unlinked, Unreadable
-from ..protocol.errors import AuthError, ConfigError, ShapeError, VersionError, WorkerEvicted
+from ..protocol.errors import AuthError, ConfigError, ShapeError, VersionError, WaitTimeout, WorkerEvicted
 from ..protocol.join import bracket
 from ..protocol.layout import Layout, lay_out
 from ..protocol.messages import (
@@ -54,6 +55,8 @@ RENEW_AT_LEAST_EVERY = 1.0
 JUMP = 2.0
 """A gap between two ticks over this many seconds: this process was stopped."""
 LEAST_SERVER_TIMEOUT = 10.0
+SILENT = 2.0
+"""A server that owes an answer for so long when a wait times out is what the wait was for."""
 
 
 class Phase(Enum):
@@ -88,11 +91,14 @@ class Core:
         self._now = self._ticked_at = 0.0
         self._description = b""
         self._source: Callable[[int], Buffer] = lambda block: b""
-        self._registering = False
+        self._registering = 0
         self._desk = Desk()
         self._waiting: Waiting | None = None
         self._openers: list[int] = []
         self._leaving = 0
+        self._run = 0
+        self._declared: dict[str, calls.DeclareCalled] = {}
+        """Data sets by name, each with the epoch that this worker is in."""
         self._done: list[tuple[dict[int, tuple[int, int]], calls.DoneCalled]] = []
         self._progress: dict[int, int] = {}
         self._logged: dict[str, float] = {}
@@ -172,16 +178,20 @@ class Core:
         self.fleet.active = True
         self.fleet.enterers.append(call.ticket)
 
-    def _declare(self, c: calls.DeclareCalled) -> None:
+    def _declare(self, call: calls.DeclareCalled) -> None:
+        self._declared[call.job] = call
+        self._desk.add(_declaration(call, call.ticket))
+
+    def _declare_again(self) -> None:
+        """The coordinator does not know our data sets: it was restarted."""
+        for call in self._declared.values():
+            self._desk.add_first(_declaration(call, 0))
+
+    def _claim(self, call: calls.ClaimCalled) -> None:
         def make(incarnation: int, request: int) -> Message:
-            return Declare(incarnation, request, c.job, c.length, c.batch, c.size, c.seed, c.epoch)
+            return Claim(incarnation, request, call.job, call.epochs)
 
-        self._desk.add(Ask(c.ticket, make, lasting=True))
-
-    def _claim(self, c: calls.ClaimCalled) -> None:
-        self._desk.add(
-            Ask(c.ticket, lambda inc, request: Claim(inc, request, c.job, c.epochs), lasting=True, idle=True)
-        )
+        self._desk.add(Ask(call.ticket, make, lasting=True, idle=True, job=call.job))
 
     def _processed(self, call: calls.DoneCalled) -> None:
         if call.lease.incarnation == self.incarnation:
@@ -228,6 +238,9 @@ class Core:
             return self.fleet.received(peer, message, self._now)
         match message:
             case Welcome() if self.phase is Phase.JOINING:
+                if self._run not in (0, message.run):
+                    self._declare_again()
+                self._run = message.run
                 self.phase, self.welcome, self._epoch = Phase.JOINED, message, message.epoch
                 self._renew_at, self._waiting = self._now + self._renew_every, None
                 self.fleet.joined(message.epoch, message.shards, self._now)
@@ -262,15 +275,15 @@ class Core:
         ask = self._desk.answered(message.request)
         if ask is None:
             return
+        if message.code == "undeclared" and ask.job in self._declared:
+            ask.sent_at = -inf
+            self._desk.add(ask)
+            return self._declare_again()
         error = ShapeError(message.text) if message.code == "mismatch" else ConfigError(message.text)
-        if ask.ticket:
-            return self._out.fail(ask.ticket, error)
-        self._registering, self._description, self.fleet.active = (
-            False,
-            b"",
-            False,
-        )  # only the registration has no ticket
-        self._out.fail_all(self.fleet.enterers, error)
+        if message.request == self._registering:
+            self._registering, self._description, self.fleet.active = 0, b"", False
+            self._out.fail_all(self.fleet.enterers, error)
+        self._out.fail(ask.ticket, error)
 
     def _left(self) -> None:
         self.phase = Phase.CLOSED
@@ -299,6 +312,7 @@ class Core:
             case Declared():
                 self._out.resolve(ask.ticket, message.size)
             case Leased():
+                self._declared[ask.job] = replace(self._declared[ask.job], epoch=message.epoch)
                 lease = calls.Lease(self.incarnation, message.lease, message.epoch, message.start, message.stop)
                 self._out.resolve(ask.ticket, lease)
             case Left():
@@ -307,7 +321,7 @@ class Core:
                 self._out.resolve(ask.ticket, None)
 
     def _registered(self, message: Registered) -> None:
-        self._registering = False
+        self._registering = 0
         layout = self.fleet.layout
         if layout is None or (layout.shards, layout.block_bytes) != (message.shards, message.block_bytes):
             layout = lay_out(read_model(self._description), message.shards, message.block_bytes)
@@ -323,7 +337,7 @@ class Core:
     def _begin(self) -> None:
         """A new incarnation joins."""
         self.incarnation = self._entropy()
-        self.phase, self.welcome, self._registering = Phase.JOINING, None, False
+        self.phase, self.welcome, self._registering = Phase.JOINING, None, 0
         self.fleet.begin(self.incarnation, self._evicted_error())
         self._desk.carry_over()
         self._done.clear()
@@ -356,8 +370,9 @@ class Core:
     def _want_registration(self) -> None:
         if self._description and not self.fleet.registered and not self._registering:
             description = self._description
-            self._registering = True
-            self._desk.add(Ask(0, lambda inc, request: Register(inc, request, (description,)), lasting=False))
+            self._registering = self._desk.add(
+                Ask(0, lambda inc, request: Register(inc, request, (description,)), lasting=False)
+            )
 
     def _news(self) -> tuple[Any, Any, Any]:
         """The last three fields of `Renew` and `Leave`."""
@@ -373,9 +388,9 @@ class Core:
             _, call = self._done.pop(0)
             lease = call.lease.number
             self._progress[lease] = call.done
-            if call.done >= call.lease.stop - call.lease.start:
+            if call.over:
                 del self._progress[lease]
-                self._desk.add(Ask(0, _complete(lease), lasting=False))
+                self._desk.add(Ask(0, _complete(lease, call.done), lasting=False))
 
     # --- silence and failure
 
@@ -415,6 +430,18 @@ class Core:
             if rejoining or self._registering:
                 self.fleet.fail_everybody(error)
 
+    def timed_out(self, seconds: float, now: float) -> Exception:
+        """The error for a wait that has ended at its time-out: a server may be silent, or all is well and slow."""
+        link = self.fleet.silent(now, SILENT)
+        if link is not None:
+            return lost_error(f"shard {link.place.index}", link.address, now - link.heard_at)
+        if self._owed_since is not None and now - self._owed_since >= SILENT and self.phase is Phase.JOINED:
+            return lost_error("the coordinator", self._where(COORDINATOR), now - self._heard_at)
+        return WaitTimeout(
+            f"not done after {seconds:g} s: {self.why_waiting()}",
+            hint="a longer timeout, or `shoal status` to see who is slow",
+        )
+
     def _fail_session(self, error: Exception) -> None:
         """Nothing can work any more: everybody who waits is told, and whoever calls later."""
         self.fatal = error
@@ -451,8 +478,15 @@ class Core:
         return self.fleet.layout
 
 
-def _complete(lease: int) -> Callable[[int, int], Message]:
-    return lambda incarnation, request: Complete(incarnation, request, lease)
+def _declaration(call: calls.DeclareCalled, ticket: int) -> Ask:
+    def make(incarnation: int, request: int) -> Message:
+        return Declare(incarnation, request, call.job, call.length, call.batch, call.size, call.seed, call.epoch)
+
+    return Ask(ticket, make, lasting=True)
+
+
+def _complete(lease: int, done: int) -> Callable[[int, int], Message]:
+    return lambda incarnation, request: Complete(incarnation, request, lease, done)
 
 
 _CALLS: dict[type[Call], Callable[[Core, Any], None]] = {

@@ -25,6 +25,8 @@ class Ask:
     """Does it mean the same under a new incarnation?"""
     idle: bool = False
     """Has the worker nothing to do until it is answered?"""
+    job: str = ""
+    """The data set that it is about."""
     sent_at: float = -inf
     sent: int = 0
 
@@ -43,6 +45,12 @@ class Desk:
         self._last += 1
         self._asks[self._last] = ask
         return self._last
+
+    def add_first(self, ask: Ask) -> None:
+        """A request that the others rest on."""
+        others, self._asks = self._asks, {}
+        self.add(ask)
+        self._asks |= others
 
     def get(self, request: int) -> Ask | None:
         return self._asks.get(request)

@@ -6,7 +6,7 @@ Rules
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from ..protocol.schema import Numbers
@@ -23,7 +23,7 @@ class Stats:
         clock: this worker's clock, in steps; min_clock: the least of all, as last heard.
         staleness: how many pulls saw which staleness (own clock minus least clock).
         bytes_pushed, bytes_pulled: payload, without headers.
-        seconds: by phase: push, pull, wait (of it, held by the staleness bound or the data), apply.
+        seconds: by phase: push (gathering and sending), pull (waiting for weights), apply (copying them), data (waiting for a lease).
         retries: operations and requests sent again.
         skipped: steps whose gradient was not finite.
         lost: updates that were not acknowledged before an eviction or a shard's restart.
@@ -37,7 +37,7 @@ class Stats:
     staleness: Counter[int] = field(default_factory=Counter)
     bytes_pushed: int = 0
     bytes_pulled: int = 0
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     retries: int = 0
     skipped: int = 0
     lost: int = 0
@@ -59,7 +59,7 @@ class Stats:
 
     def copy(self) -> Stats:
         made = Stats(**{name: getattr(self, name) for name in (*_COUNTED, "clock", "min_clock")})
-        made.staleness, made.seconds = Counter(self.staleness), Counter(self.seconds)
+        made.staleness, made.seconds = Counter(self.staleness), self.seconds.copy()
         return made
 
 

@@ -1,0 +1,73 @@
+"""`shoal.connect`: find the server, join it (DESIGN §8).
+
+Rules
+- Looked at in this order: the argument, `$SHOAL_JOIN`, `shoal.toml`, else a server of this process's own.
+- A process that is one of several never gets a server of its own: that would be several models, silently.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from ..protocol.errors import ConfigError, NoServerError
+from ..protocol.join import read_join
+from ..worker.client import CONNECT_TIMEOUT, WAIT_TIMEOUT, Worker
+from .settings import JOIN, settle
+
+logger = logging.getLogger("shoal")
+
+_WORLDS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+def connect(
+    join: str | None = None, *, name: str = "", timeout: float = CONNECT_TIMEOUT, wait_timeout: float = WAIT_TIMEOUT
+) -> Worker:
+    """Join a cluster as a worker.
+
+    Args:
+        join: the join string that `shoal server` printed, or HOST:PORT of a server without keys; by default `$SHOAL_JOIN`; without
+            that, a server is started for this process alone, and ends with it.
+        name: of this worker; by default made from host and process.
+        timeout: seconds to find the servers in.
+        wait_timeout: seconds after which any later call that waits ends in `WaitTimeout`, unless it says otherwise.
+
+    Raises:
+        NoServerError: no server answers in time. AuthError: the keys do not fit. VersionError: the server is another shoal.
+        ConfigError: the join string is wrong, or another live worker has this name.
+    """
+    check_platform()
+    found = join or settle([JOIN], {}, "worker")["join"]
+    name = name or os.environ.get("SHOAL_WORKER_NAME", "")
+    attempt = int(os.environ.get("SHOAL_WORKER_ATTEMPT", "0"))
+    if found:
+        return Worker(read_join(found), name=name, attempt=attempt, timeout=timeout, wait_timeout=wait_timeout)
+    world = next((variable for variable in _WORLDS if os.environ.get(variable, "1") not in ("", "1")), None)
+    if world:
+        raise NoServerError(
+            f"no server is named, and this process is one of several (${world} is {os.environ[world]}); looked at the argument of "
+            "connect, $SHOAL_JOIN and shoal.toml",
+            hint="start `shoal server` once and set SHOAL_JOIN for every process",
+        )
+    from .cluster import LocalCluster
+
+    logger.info("no server is named: starting one for this process alone")
+    cluster = LocalCluster(min_workers=1)
+    try:
+        worker = Worker(read_join(cluster.join), name=name, timeout=timeout, wait_timeout=wait_timeout)
+    except BaseException:
+        cluster.close()
+        raise
+    worker._on_exit = cluster.close
+    return worker
+
+
+def check_platform() -> None:
+    """Linux and macOS, and nothing else.
+
+    Raises:
+        ConfigError: this is something else.
+    """
+    if sys.platform not in ("linux", "darwin"):
+        raise ConfigError(f"shoal runs on Linux and macOS, not on {sys.platform}", hint="WSL 2 on Windows")

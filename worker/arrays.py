@@ -1,0 +1,275 @@
+"""Named arrays <-> flat vectors (SPEC §4.2): what users hold against what shards hold.
+
+Rules
+- numpy and torch arrays go in; what comes out is of the kind that was registered.
+- A wrong name, shape or dtype is a `ShapeError` in the caller, before anything is sent.
+- torch is touched only when a torch tensor is given: then it is imported already.
+- bfloat16 travels as its 16 bits.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ..protocol.errors import NonFiniteError, ShapeError
+from ..protocol.layout import Block, Layout, Piece
+from ..protocol.messages import Buffer
+from ..protocol.model import ITEMSIZE, Tensor
+from .calls import Part
+
+Array: TypeAlias = Any
+"""A numpy array or a torch tensor of float32, float64, float16 or bfloat16."""
+
+Bits: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+
+_NUMPY = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": np.uint16}
+PART_BYTES = 4 * 1024 * 1024
+
+
+def is_torch(array: Array) -> bool:
+    """Is it a torch tensor?"""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def describe(name: str, array: Array, group: int = 0) -> Tensor:
+    """The tensor that an array is.
+
+    Raises:
+        ShapeError: not an array, or of a dtype that shoal does not carry.
+    """
+    if not is_torch(array) and not isinstance(array, np.ndarray):
+        raise ShapeError(f"{name!r} is a {type(array).__name__}", hint="a numpy array or a torch tensor")
+    dtype = str(array.dtype).removeprefix("torch.")
+    if dtype not in ITEMSIZE:
+        raise ShapeError(f"{name!r} has dtype {dtype}", hint=f"one of {', '.join(ITEMSIZE)}")
+    return Tensor(name, dtype, tuple(int(size) for size in array.shape), group)
+
+
+def bits(array: Array) -> Bits:
+    """The values as a flat numpy array; bfloat16 as uint16. A view where that is possible."""
+    if is_torch(array):
+        import torch
+
+        tensor = array.detach()
+        if tensor.layout is not torch.strided:
+            tensor = tensor.to_dense()
+        tensor = tensor.cpu().contiguous().reshape(-1)
+        if tensor.dtype is torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(np.uint16)  # type: ignore[no-any-return]
+        return tensor.numpy()  # type: ignore[no-any-return]
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return flat.view(np.uint16) if str(array.dtype) == "bfloat16" else flat
+
+
+def write(target: Array, values: Bits) -> None:
+    """Write flat values into an array, in place."""
+    if is_torch(target):
+        import torch
+
+        tensor = torch.from_numpy(values.view(np.int16)).view(torch.bfloat16) if target.dtype is torch.bfloat16 else (
+            torch.from_numpy(values)
+        )  # fmt: skip
+        with torch.no_grad():
+            target.copy_(tensor.view(target.shape))
+    else:
+        target[...] = values.view(target.dtype).reshape(target.shape)
+
+
+class Template:
+    """How to make an array like the one that was registered."""
+
+    def __init__(self, array: Array) -> None:
+        self._torch = is_torch(array)
+        self._dtype, self._shape = array.dtype, tuple(array.shape)
+
+    def make(self, values: Bits) -> Array:
+        """A new array with these values; `values` is flat and is copied."""
+        if self._torch:
+            import torch
+
+            made = torch.empty(self._shape, dtype=self._dtype)
+            write(made, values)
+            return made
+        return values.copy().view(self._dtype).reshape(self._shape)
+
+
+class Cache:
+    """A worker's copy of the model, flat by flat, and which version of each shard it is of."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.held: dict[int, tuple[int, int]] = {}
+        """By shard, the incarnation and version that every block here is of."""
+        self._flats = [np.zeros(flat.elements, _NUMPY[flat.dtype]) for flat in layout.flats]
+        self._where: dict[str, tuple[int, Piece]] = {}
+        for number, flat in enumerate(layout.flats):
+            for piece in flat.pieces:
+                self._where[layout.spec.tensors[piece.tensor].name] = (number, piece)
+        self._blocks_of_flat: list[list[Block]] = [[] for _ in layout.flats]
+        for block in layout.blocks:
+            self._blocks_of_flat[block.flat].append(block)
+
+    def tensor(self, name: str) -> Tensor:
+        """
+        Raises:
+            ShapeError: there is no such tensor.
+        """
+        if name not in self._where:
+            known = ", ".join(list(self._where)[:5])
+            raise ShapeError(
+                f"there is no tensor {name!r}", hint=f"one of {known}{', …' if len(self._where) > 5 else ''}"
+            )
+        flat, piece = self._where[name]
+        return self.layout.spec.tensors[piece.tensor]
+
+    def values(self, name: str) -> Bits:
+        """The tensor's values, flat; a view of the cache."""
+        flat, piece = self._where[name]
+        return self._flats[flat][piece.start : piece.stop]
+
+    def set(self, name: str, array: Array) -> None:
+        self.values(name)[...] = bits(array)
+
+    def block(self, index: int) -> Buffer:
+        """A block's values now; a copy."""
+        block = self.layout.blocks[index]
+        return self._flats[block.flat][block.start : block.stop].copy().data.cast("B")
+
+    def load(self, blocks: Mapping[int, Buffer]) -> None:
+        """Values that a pull has brought."""
+        for index, payload in blocks.items():
+            block = self.layout.blocks[index]
+            target = self._flats[block.flat][block.start : block.stop]
+            target[...] = np.frombuffer(payload, target.dtype)
+
+    def shards(self, names: Iterable[str] | None = None) -> dict[int, tuple[int, ...]]:
+        """Which blocks of which shards hold these tensors; an empty tuple for all blocks of a shard."""
+        if names is None:
+            return {index: () for index, blocks in enumerate(self.layout.by_shard) if blocks}
+        spans: dict[int, list[tuple[int, int]]] = {}
+        for name in names:
+            self.tensor(name)
+            flat, piece = self._where[name]
+            spans.setdefault(flat, []).append((piece.start, piece.stop))
+        wanted: dict[int, set[int]] = {}
+        for flat, found in spans.items():
+            for block in self._blocks_of_flat[flat]:
+                if any(start < block.stop and stop > block.start for start, stop in found):
+                    wanted.setdefault(block.shard, set()).add(block.index)
+        return {shard: tuple(sorted(blocks)) for shard, blocks in sorted(wanted.items())}
+
+
+class Gather:
+    """Flat vectors that a push is gathered in. They belong to the push until it is acknowledged."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._flats = [np.empty(flat.elements, _NUMPY[flat.dtype]) for flat in cache.layout.flats]
+        self._spans: dict[int, list[tuple[int, int]]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(flat.nbytes for flat in self._flats)
+
+    def put(self, arrays: Mapping[str, Array], check: bool) -> None:
+        """Copy gradients in.
+
+        Raises:
+            ShapeError: a name, shape or dtype is not as registered.
+            NonFiniteError: with `check`, a gradient holds NaN or infinity; names the tensor.
+        """
+        self._spans = {}
+        for name, array in arrays.items():
+            wanted, found = self._cache.tensor(name), describe(name, array)
+            if (wanted.dtype, wanted.shape) != (found.dtype, found.shape):
+                raise ShapeError(
+                    f"{name!r} is {found.dtype}{list(found.shape)}, registered as {wanted.dtype}{list(wanted.shape)}"
+                )
+        for name, array in arrays.items():
+            flat, piece = self._cache._where[name]
+            target = self._flats[flat][piece.start : piece.stop]
+            target[...] = bits(array)
+            if check and not all_finite(target, self._cache.tensor(name).dtype):
+                raise NonFiniteError(
+                    f"the gradient of {name!r} holds NaN or infinity",
+                    cause="too large a learning rate, or a division by zero in the loss",
+                    hint="--nonfinite skip on the server to leave such steps out",
+                )
+            self._spans.setdefault(flat, []).append((piece.start, piece.stop))
+
+    def parts(self) -> tuple[Part, ...]:
+        """What was put in, as messages to shards: views of the flats where a block is pushed whole or in one run."""
+        by_shard: dict[int, list[tuple[Block, list[tuple[int, int]]]]] = {}
+        for flat, spans in self._spans.items():
+            runs = merged(spans)
+            at = 0
+            for block in self._cache._blocks_of_flat[flat]:
+                inside = []
+                while at < len(runs) and runs[at][0] < block.stop:
+                    start, stop = max(runs[at][0], block.start), min(runs[at][1], block.stop)
+                    if start < stop:
+                        inside.append((start - block.start, stop - block.start))
+                    if runs[at][1] > block.stop:
+                        break
+                    at += 1
+                if inside:
+                    by_shard.setdefault(block.shard, []).append((block, inside))
+        return tuple(part for shard, found in sorted(by_shard.items()) for part in self._packed(shard, found))
+
+    def _packed(self, shard: int, found: Sequence[tuple[Block, list[tuple[int, int]]]]) -> Iterable[Part]:
+        found = sorted(found, key=lambda entry: entry[0].index)
+        run: list[tuple[Block, list[tuple[int, int]]]] = []
+        size = 0
+        for block, inside in found:
+            if run and (size + block.nbytes > PART_BYTES or len(run) == 1024):
+                yield self._part(shard, run)
+                run, size = [], 0
+            run.append((block, inside))
+            size += block.nbytes
+        if run:
+            yield self._part(shard, run)
+
+    def _part(self, shard: int, run: Sequence[tuple[Block, list[tuple[int, int]]]]) -> Part:
+        counts, pairs, buffers = [], [], []
+        for block, inside in run:
+            whole = self._flats[block.flat][block.start : block.stop]
+            if inside == [(0, block.elements)]:
+                counts.append(0)
+            else:
+                counts.append(len(inside))
+                pairs += inside
+                pieces = [whole[start:stop] for start, stop in inside]
+                whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            buffers.append(whole.data.cast("B"))
+        blocks = tuple(block.index for block, _ in run)
+        if not pairs:
+            return Part(shard, blocks, (), tuple(buffers))
+        return Part(shard, blocks, tuple(counts), (np.array(pairs, "<u4").tobytes(), *buffers))
+
+
+def merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges in ascending order, those that touch made one; empty ones left out."""
+    runs: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if start == stop:
+            continue
+        if runs and start <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], max(stop, runs[-1][1]))
+        else:
+            runs.append((start, stop))
+    return runs
+
+
+def all_finite(values: Bits, dtype: str) -> bool:
+    """Are all values finite? A sum is one pass at memory speed and shows NaN and infinity; only then is each looked at."""
+    if dtype == "bfloat16":
+        return not bool(np.any((values & 0x7F80) == 0x7F80))
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(values.sum(dtype=np.float64 if dtype == "float16" else None))) or bool(
+            np.isfinite(values).all()
+        )

@@ -1,0 +1,508 @@
+"""What a training script holds: `Worker` (DESIGN §8).
+
+Rules
+- Every call that can wait has a time-out, and a worker can be used from several threads.
+- What is wrong with the arguments is raised in the caller, before anything is sent.
+- The arrays that a caller gives are copied; the arrays that it gets are its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import socket
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+
+from ..protocol.errors import (
+    ConfigError,
+    NonFiniteError,
+    NoServerError,
+    ServerLost,
+    ShapeError,
+    ShoalError,
+    WaitTimeout,
+)
+from ..protocol.join import JoinAddress, key_text
+from ..protocol.messages import Place
+from ..protocol.model import ModelSpec, Tensor
+from ..protocol.rules import Rule
+from . import calls
+from .arrays import Array, Bits, Cache, Gather, Template, bits, describe, write
+from .core import Core
+from .data import Partition
+from .loop import Loop, Ticket
+from .stats import Stats
+
+if TYPE_CHECKING:
+    import torch
+
+    from .optimizer import Optimizer
+
+CONNECT_TIMEOUT = 60.0
+WAIT_TIMEOUT = 600.0
+CLOSE_TIMEOUT = 10.0
+MOST_IN_FLIGHT = 256 * 1024 * 1024
+"""Bytes pushed and not acknowledged over which `push` waits for the oldest."""
+
+
+class Worker:
+    """A worker, joined to a cluster. Made by `shoal.connect`; a context manager.
+
+    Args:
+        address: of the coordinator, with its keys.
+        name: of this worker, one live worker a name; made from host and process id if empty.
+        attempt: how often a supervisor has restarted it.
+        timeout: seconds to find the servers in.
+        wait_timeout: seconds after which any other call ends in `WaitTimeout`, unless it says otherwise.
+
+    Raises:
+        NoServerError: nobody answers at the address in time.
+        AuthError: the keys do not fit. VersionError: the server is another shoal.
+        ConfigError: another live worker has this name.
+    """
+
+    def __init__(
+        self,
+        address: JoinAddress,
+        *,
+        name: str = "",
+        attempt: int = 0,
+        timeout: float = CONNECT_TIMEOUT,
+        wait_timeout: float = WAIT_TIMEOUT,
+    ) -> None:
+        host = socket.gethostname()
+        self.name = name or f"{host}-{os.getpid()}-{os.urandom(2).hex()}"
+        self._check_resolves(address)
+        key = key_text(address.server_key) if address.server_key else ""
+        who = (self.name, attempt, host, os.getpid())
+        self._core = Core(Place(0, 0, address.host, address.port, key), who, _random)
+        self._loop = Loop(self._core, address.secret, wait_timeout)
+        self._cache: Cache | None = None
+        self._cache_lock = threading.Lock()
+        self._templates: dict[str, Template] = {}
+        self._gathers: deque[tuple[Ticket, Gather]] = deque()
+        self._examples = 0.0
+        self._step_examples: list[float] = []
+        self._jobs = 0
+        self._refreshers: list[Callable[[], None]] = []
+        self._last_push: Ticket | None = None
+        self._on_exit: Callable[[], None] | None = None
+        atexit.register(_close_at_exit, weakref.ref(self))
+        try:
+            self._open(address, timeout)
+        except BaseException:
+            self._loop.close()
+            raise
+
+    def _check_resolves(self, address: JoinAddress) -> None:
+        try:
+            socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise NoServerError(
+                f"the name {address.host!r} does not resolve: {error.strerror or error}",
+                cause="a typing mistake, or a name that only the server's network knows",
+                hint="the server's IP address instead",
+            ) from None
+
+    def _open(self, address: JoinAddress, timeout: float) -> None:
+        ticket = self._loop.call(calls.OpenCalled)
+        try:
+            ticket.result(timeout)
+        except (WaitTimeout, ServerLost):
+            raise NoServerError(
+                f"no server at {address.address} after {timeout:g} s: {self._core.why_waiting()}",
+                cause="the server is not started, or a firewall is between",
+                hint="shoal doctor",
+            ) from None
+
+    # --- what is known of the cluster
+
+    @property
+    def stats(self) -> Stats:
+        """What this worker has done so far; a copy."""
+        return self._core.stats.copy()
+
+    @property
+    def number(self) -> int:
+        """This worker's number in the cluster, from 0."""
+        return self._core.welcome.worker if self._core.welcome else 0
+
+    @property
+    def mode(self) -> str:
+        """`async` or `sync`."""
+        return self._core.welcome.mode if self._core.welcome else ""
+
+    @property
+    def incarnation(self) -> int:
+        """This life. It changes when the worker was declared dead and has joined again."""
+        return self._core.incarnation
+
+    # --- parameters
+
+    def register(self, arrays: Mapping[str, Array], optimizer: Rule, *, timeout: float | None = None) -> None:
+        """Say what is trained, and be counted in. The first worker's values are the first weights.
+
+        Args:
+            arrays: by name; numpy or torch; float32, float64, float16 or bfloat16.
+            optimizer: how the shards apply what is pushed: `shoal.SGD(lr=0.1)`, `shoal.Adam()`, …, or `shoal.Delta()` to add it.
+
+        Raises:
+            ShapeError: the model differs from the one that is being trained; the text names the first difference.
+            WaitTimeout: fewer than `min_workers` have come in time.
+        """
+        if not isinstance(optimizer, Rule):
+            raise ConfigError(
+                f"optimizer is a {type(optimizer).__name__}",
+                hint="shoal.SGD(lr=0.1) and its like; for torch optimizers worker.optimizer(opt, model)",
+            )
+        self._register({name: (array, 0) for name, array in arrays.items()}, (optimizer,), timeout)
+
+    def _register(
+        self, arrays: Mapping[str, tuple[Array, int]], groups: tuple[Rule, ...], timeout: float | None
+    ) -> Cache:
+        """`arrays`: by name, with the number of the group."""
+        spec = ModelSpec(tuple(describe(name, array, group) for name, (array, group) in arrays.items()), groups)
+        first = {name: bits(array).copy() for name, (array, _) in arrays.items()} if self._cache is None else {}
+
+        def cache() -> (
+            Cache
+        ):  # made when the layout is known: in the loop if this worker is to fill a shard, else below
+            with self._cache_lock:
+                if self._cache is None:
+                    assert self._core.layout is not None
+                    self._cache = Cache(self._core.layout)
+                    for name, array in first.items():
+                        self._cache.set(name, array)
+                    first.clear()
+                return self._cache
+
+        ticket = self._loop.call(calls.RegisterCalled, spec.description, lambda block: cache().block(block))
+        self._result(ticket, timeout)
+        self._templates = {name: Template(array) for name, (array, _) in arrays.items()}
+        return cache()
+
+    def pull(
+        self,
+        names: str | Iterable[str] | None = None,
+        *,
+        out: Mapping[str, Array] | None = None,
+        timeout: float | None = None,
+    ) -> dict[str, Array]:
+        """Read parameters, within the staleness bound.
+
+        Args:
+            names: which; all by default.
+            out: arrays to write into, by name, instead of new ones; they say which names, too.
+
+        Returns:
+            Arrays of the registered shape, dtype and kind, by name.
+
+        Raises:
+            ConfigError: nothing is registered. ShapeError: an unknown name, or an `out` that does not fit.
+            WaitTimeout: another worker is too slow, in this time. ServerLost: a shard does not answer.
+        """
+        cache = self._registered()
+        wanted = _names(names, out, self._templates)
+        if out is not None:
+            for name in wanted:
+                _check_out(cache.tensor(name), describe(name, out[name]))
+        partial = None if len(wanted) == len(cache.layout.spec.tensors) else wanted
+        self._fetch(cache, partial, timeout)
+        started = time.perf_counter()
+        with self._cache_lock:
+            if out is not None:
+                for name in wanted:
+                    write(out[name], cache.values(name))
+                found = {name: out[name] for name in wanted}
+            else:
+                found = {name: self._templates[name].make(cache.values(name)) for name in wanted}
+        self._core.stats.seconds["apply"] += time.perf_counter() - started
+        return found
+
+    def _fetch(self, cache: Cache, names: Iterable[str] | None, timeout: float | None) -> None:
+        """Bring the cache up to date."""
+        self._be_counted_in(timeout)
+        started = time.perf_counter()
+        ticket = self._loop.call(calls.PullCalled, cache.shards(names), dict(cache.held))
+        pulled: calls.Pulled = self._result(ticket, timeout)
+        waited = time.perf_counter()
+        with self._cache_lock:
+            cache.load(pulled.blocks)
+            if names is None:
+                cache.held.update(pulled.versions)
+        stats = self._core.stats
+        stats.seconds["pull"] += waited - started
+        stats.seconds["apply"] += time.perf_counter() - waited
+
+    def push(
+        self, arrays: Mapping[str, Array], *, examples: float | None = None, timeout: float | None = None
+    ) -> Ticket:
+        """Push gradients (or whatever the registered rule takes) of some or all tensors.
+
+        Args:
+            examples: how many examples they are the mean over, the weight in sync mode; by default what `partition` has
+                handed out since the last `clock`, else 1.
+
+        Returns:
+            A ticket; `ticket.result()` waits until every shard has applied it. The arrays may be changed at once.
+
+        Raises:
+            ShapeError: a name, shape or dtype is not as registered. NonFiniteError: NaN or infinity, where the
+                server's policy is `error`; where it is `skip`, the push is left out and counted.
+        """
+        return self._push(arrays, advance=False, examples=examples, hyper=(), timeout=timeout)
+
+    def clock(self, *, examples: float | None = None) -> int:
+        """This worker's step is finished. Returns its new clock.
+
+        Args:
+            examples: the step's weight in sync mode; by default that of its pushes. 0: the step does not count.
+        """
+        self._be_counted_in(None)
+        weight = self._weight(examples)
+        self._last_push = self._loop.call(calls.PushCalled, (), True, weight, ())
+        self._last_push._seen = True
+        self._step_over()
+        return self._core.stats.clock
+
+    def _push(
+        self,
+        arrays: Mapping[str, Array],
+        *,
+        advance: bool,
+        examples: float | None,
+        hyper: tuple[tuple[float, ...], ...],
+        timeout: float | None,
+    ) -> Ticket:
+        cache = self._registered()
+        started = time.perf_counter()
+        self._be_counted_in(timeout)
+        gather = self._gather(cache, timeout)
+        skip = self._core.welcome is not None and self._core.welcome.nonfinite == "skip"
+        weight = self._step_weight(examples)
+        try:
+            gather.put(arrays, check=True)
+            parts = gather.parts()
+        except NonFiniteError:
+            self._gathers.append((_done_ticket(self._loop), gather))
+            if not skip:
+                raise
+            self._core.stats.skipped += 1
+            parts, weight = (), 0.0
+        except ShapeError:
+            self._gathers.append((_done_ticket(self._loop), gather))
+            raise
+        if weight:
+            self._step_examples.append(weight)
+        ticket = self._loop.call(calls.PushCalled, parts, advance, self._weight(examples) if advance else weight, hyper)
+        self._gathers.append((ticket, gather))
+        if advance:
+            self._step_over()
+        self._core.stats.seconds["push"] += time.perf_counter() - started
+        return ticket
+
+    def _gather(self, cache: Cache, timeout: float | None) -> Gather:
+        """Flat vectors that no unacknowledged push needs; waits if too much is under way."""
+        in_flight = [gather.nbytes for ticket, gather in self._gathers if not ticket.over]
+        if len(in_flight) >= 2 and sum(in_flight) > MOST_IN_FLIGHT:
+            with contextlib.suppress(ShoalError):  # the ticket's owner is told
+                self._loop.wait(self._gathers[0][0], timeout)
+        if self._gathers and self._gathers[0][0].over:
+            return self._gathers.popleft()[1]
+        return Gather(cache)
+
+    def _step_weight(self, examples: float | None) -> float:
+        """The weight of one push."""
+        if examples is not None:
+            if not examples >= 0:
+                raise ConfigError(f"examples is {examples}")
+            return float(examples)
+        return self._examples or 1.0
+
+    def _weight(self, examples: float | None) -> float:
+        """The weight of the step that ends."""
+        if examples is not None:
+            return self._step_weight(examples)
+        return max(self._step_examples, default=0.0)
+
+    def _step_over(self) -> None:
+        self._examples = 0.0
+        self._step_examples.clear()
+
+    def _registered(self) -> Cache:
+        if self._cache is None:
+            raise ConfigError(
+                "no model is registered",
+                hint="worker.register({…}, optimizer=shoal.SGD(lr=0.1)) or worker.optimizer(opt, model)",
+            )
+        return self._cache
+
+    def _be_counted_in(self, timeout: float | None) -> None:
+        """After a rest, enter the clocks again."""
+        if self._cache is not None and not self._core.fleet.active:
+            self._result(self._loop.call(calls.ResumeCalled), timeout)
+
+    # --- torch
+
+    def optimizer(
+        self, optimizer: torch.optim.Optimizer, model: torch.nn.Module, *, buffers: str = "local"
+    ) -> Optimizer:
+        """Wrap a torch optimizer: `step` pushes gradients, ends the step, and takes weights within the bound.
+
+        Args:
+            optimizer: SGD, Adagrad, RMSprop, Adam and AdamW run on the shards; any other runs here, and its weight deltas are pushed.
+            model: whose parameters the optimizer holds; a compiled one is unwrapped.
+            buffers: `local` (each worker keeps its own BatchNorm statistics) or `mean` (they are averaged through the shards).
+
+        Raises:
+            ConfigError: a parameter of the optimizer is not in the model, or a setting is unknown.
+        """
+        from .optimizer import Optimizer
+
+        return Optimizer(self, optimizer, model, buffers)
+
+    # --- data
+
+    def partition(
+        self,
+        data: Any,
+        batch_size: int,
+        epochs: int = 1,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        partition_size: int | None = None,
+        name: str = "",
+    ) -> Partition:
+        """Share a data set with the other workers: an iterator over this worker's batches.
+
+        Each worker has the data; the coordinator leases ranges of it. What a dead worker had not finished is leased to another.
+
+        Args:
+            data: a torch Dataset, an array, a tuple of arrays of one length, or any sequence; the same in every worker.
+            partition_size: examples in one lease, a multiple of `batch_size`; by default about a 32nd of the data.
+            name: of the data set, the same in every worker; by default the first is `data0`, the next `data1`, …
+
+        Raises:
+            ConfigError: no length, arrays of several lengths, a size that does not fit.
+        """
+        if not name:
+            name, self._jobs = f"data{self._jobs}", self._jobs + 1
+        return Partition(self, data, batch_size, epochs, shuffle, seed, partition_size, name)
+
+    def _declare(self, job: str, length: int, batch: int, size: int, seed: int, epoch: int) -> None:
+        self._result(self._loop.call(calls.DeclareCalled, job, length, batch, size, seed, epoch), None)
+
+    def _claim(self, job: str, epochs: int) -> calls.Lease | None:
+        """The next range, or None when all epochs are complete. Comes back counted in, with fresh weights if it was not."""
+        started = time.perf_counter()
+        lease: calls.Lease | None = self._result(self._loop.call(calls.ClaimCalled, job, epochs), None)
+        if lease is not None and self._cache is not None and not self._core.fleet.active:
+            self._be_counted_in(None)
+            self._refresh()
+        self._core.stats.seconds["data"] += time.perf_counter() - started
+        return lease
+
+    def _rest(self) -> None:
+        """No data is left: hold nobody up, and end with the weights that all finished steps have made."""
+        if self._cache is not None:
+            self._loop.tell(calls.PauseCalled())
+            self._refresh()
+
+    def _refresh(self) -> None:
+        for refresh in self._refreshers:
+            refresh()
+
+    def _batch_begins(self, examples: int) -> None:
+        self._examples += examples
+
+    def _processed(self, lease: calls.Lease, done: int, over: bool) -> None:
+        self._loop.tell(calls.DoneCalled(lease, done, over))
+
+    # --- the rest
+
+    def log(self, **values: float) -> None:
+        """Named numbers for the display, the status and the report; the newest of each name counts."""
+        try:
+            numbers = {name: float(value) for name, value in values.items()}
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"log takes numbers: {error}") from None
+        self._loop.tell(calls.LogCalled(numbers))
+
+    def drain(self, timeout: float | None = None) -> None:
+        """Wait until everything pushed so far is acknowledged, or has failed."""
+        for ticket in [ticket for ticket, _ in self._gathers] + ([self._last_push] if self._last_push else []):
+            self._loop.wait(ticket, timeout)
+
+    def close(self) -> None:
+        """Drain what was pushed, say goodbye, free everything. Again changes nothing."""
+        if self._loop.closed:
+            return
+        try:
+            with contextlib.suppress(ShoalError):
+                self.drain(CLOSE_TIMEOUT)
+            with contextlib.suppress(ShoalError):
+                self._loop.call(calls.CloseCalled).result(CLOSE_TIMEOUT / 2)
+        finally:
+            self._loop.close()
+            if self._on_exit is not None:
+                self._on_exit()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<shoal.Worker {self.name!r} clock={self._core.stats.clock} mode={self.mode}>"
+
+    def _result(self, ticket: Ticket, timeout: float | None) -> Any:
+        """The answer; a call that nobody waits for any more is taken back."""
+        try:
+            return ticket.result(timeout)
+        except BaseException:
+            if not ticket.over and self._loop.usable:
+                self._loop.tell(calls.Cancelled(ticket.number))
+            raise
+
+
+def _names(names: str | Iterable[str] | None, out: Mapping[str, Array] | None, known: Mapping[str, Any]) -> list[str]:
+    if names is None:
+        return list(out if out is not None else known)
+    wanted = [names] if isinstance(names, str) else list(names)
+    if out is not None and set(wanted) - set(out):
+        raise ShapeError(f"out has no {sorted(set(wanted) - set(out))[0]!r}")
+    return wanted
+
+
+def _check_out(wanted: Tensor, found: Tensor) -> None:
+    if (wanted.dtype, wanted.shape) != (found.dtype, found.shape):
+        raise ShapeError(f"out[{wanted.name!r}] is {found.dtype}{list(found.shape)}, registered as {wanted}")
+
+
+def _random() -> int:
+    return int.from_bytes(os.urandom(8), "big") | 1
+
+
+def _done_ticket(loop: Loop) -> Ticket:
+    ticket = Ticket(loop, 0)
+    ticket._end(None, None)
+    return ticket
+
+
+def _close_at_exit(ref: weakref.ref[Worker]) -> None:
+    worker = ref()
+    if worker is not None:
+        with contextlib.suppress(Exception):
+            worker.close()

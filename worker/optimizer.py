@@ -1,0 +1,233 @@
+"""The torch optimizer that pushes: `worker.optimizer(opt, model)` (DESIGN §8). The one place of the library that imports torch by itself.
+
+Rules
+- It is a real `torch.optim.Optimizer`: hooks, schedulers, `param_groups` and GradScaler find what they expect.
+- Whitelisted optimizers run on the shards, by name and numbers; the groups' numbers of the moment travel with each push.
+- Any other runs here, and what it changed is pushed as a delta.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from ..protocol.errors import ConfigError, ServerLost, WorkerEvicted
+from ..protocol.rules import FLAGS, RULES, Rule
+from .arrays import Array, bits
+
+if TYPE_CHECKING:
+    from .client import Worker
+
+logger = logging.getLogger("shoal")
+
+_ON_SHARDS: dict[type[torch.optim.Optimizer], str] = {
+    torch.optim.SGD: "sgd",
+    torch.optim.Adagrad: "adagrad",
+    torch.optim.RMSprop: "rmsprop",
+    torch.optim.Adam: "adam",
+    torch.optim.AdamW: "adamw",
+}
+_BUFFERS = ("local", "mean")
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Wraps `optimizer`; made by `Worker.optimizer`.
+
+    Buffers (BatchNorm statistics): with `local`, each worker keeps its own; with `mean`, each step pushes this worker's and
+    takes the mean over the workers. Integer buffers are always local.
+    """
+
+    # GradScaler then calls `step` always, and says in `found_inf` whether the step is to be skipped.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, worker: Worker, optimizer: torch.optim.Optimizer, model: torch.nn.Module, buffers: str) -> None:
+        if isinstance(optimizer, Optimizer):
+            raise ConfigError("this optimizer is wrapped already")
+        if buffers not in _BUFFERS:
+            raise ConfigError(f"buffers is {buffers!r}", hint=f"one of {', '.join(_BUFFERS)}")
+        model = getattr(model, "_orig_mod", model)
+        self._ready = False
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._worker, self._inner = worker, optimizer
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+        self._params = _named(optimizer, model)
+        self._averaged = {n: b for n, b in model.named_buffers() if b.is_floating_point()} if buffers == "mean" else {}
+        rule = _ON_SHARDS.get(type(optimizer))
+        self._rules = tuple(Rule(rule, _numbers(rule, group)) for group in self.param_groups) if rule else ()
+        if rule is None:
+            logger.warning(
+                "%s is not one of the optimizers that run on the servers (%s): it runs in this worker, and its weight deltas are pushed",
+                type(optimizer).__name__, ", ".join(kind.__name__ for kind in _ON_SHARDS),
+            )  # fmt: skip
+        elif self.state:
+            logger.warning(
+                "the state that %s has gathered stays here; the servers begin with fresh state",
+                type(optimizer).__name__,
+            )
+        self._register()
+        self._ready = True
+
+    def _register(self) -> None:
+        groups = {name: number for number, group in enumerate(self.param_groups) for name in self._names_of(group)}
+        arrays: dict[str, tuple[Array, int]] = {name: (self._params[name], groups[name]) for name in groups}
+        rules = self._rules or tuple(Rule("delta") for _ in self.param_groups)
+        if self._averaged:
+            arrays |= {name: (buffer, len(rules)) for name, buffer in self._averaged.items()}
+            rules = (*rules, Rule("mean"))
+        cache = self._worker._register(arrays, rules, None)
+        targets = self._params | self._averaged
+        self._views = [(target, _view(cache.values(name), target)) for name, target in targets.items()]
+        self._worker._refreshers.append(self._refresh)
+        self._refresh()
+
+    def _names_of(self, group: dict[str, Any]) -> Iterator[str]:
+        names = {id(parameter): name for name, parameter in self._params.items()}
+        return (names[id(parameter)] for parameter in group["params"])
+
+    # --- stepping
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Push the gradients, end the step, take weights within the staleness bound.
+
+        Raises:
+            NonFiniteError: a gradient holds NaN or infinity and the server's policy is `error`; nothing was sent.
+            ServerLost, WaitTimeout: as `Worker.pull`.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf):
+            self._worker.clock(examples=0)
+            self._refresh()
+            return loss
+        ticket = self._worker._push(
+            self._deltas() if not self._rules else self._gradients(),
+            advance=True,
+            examples=None,
+            hyper=self._hyper(),
+            timeout=None,
+        )
+        self._refresh()
+        try:
+            ticket.result()
+        except (WorkerEvicted, ServerLost) as error:
+            logger.warning("a step was lost: %s", error.what)
+        return loss
+
+    def _gradients(self) -> dict[str, Array]:
+        scale = getattr(self, "grad_scale", None)
+        found = {name: p.grad for name, p in self._params.items() if p.grad is not None}
+        if scale is not None:
+            found = {name: gradient / scale for name, gradient in found.items()}
+        return found | self._averaged
+
+    def _deltas(self) -> dict[str, Array]:
+        """Let the optimizer step here; what it changed, against the weights that were pulled last."""
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            for parameter in self._params.values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
+        before = {
+            name: view
+            for (name, _), (_, view) in zip((self._params | self._averaged).items(), self._views, strict=True)
+        }
+        self._inner.step()
+        return {name: p.detach() - before[name].to(p.device) for name, p in self._params.items()} | self._averaged
+
+    def _hyper(self) -> tuple[tuple[float, ...], ...]:
+        """The groups' numbers of the moment; empty if they are those of registration."""
+        if not self._rules:
+            return ()
+        now = tuple(_numbers(rule.name, group) for rule, group in zip(self._rules, self.param_groups, strict=True))
+        if all(numbers == rule.numbers for numbers, rule in zip(now, self._rules, strict=True)):
+            return ()
+        for index, (numbers, rule) in enumerate(zip(now, self._rules, strict=True)):
+            if not rule.accepts(numbers):
+                raise ConfigError(
+                    f"group {index} of {rule.name} has {numbers}: numbers must be finite, and flags stay as registered"
+                )
+        return (*now, ()) if self._averaged else now
+
+    def _refresh(self) -> None:
+        """Take the newest weights that the staleness rule allows."""
+        worker = self._worker
+        worker._fetch(worker._registered(), None, None)
+        with torch.no_grad(), worker._cache_lock:
+            for target, view in self._views:
+                target.copy_(view)
+
+    # --- being an optimizer
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while wrapping: the model's layout over the shards is fixed."""
+        if getattr(self, "_ready", False):
+            raise ConfigError(
+                "a parameter group cannot be added after wrapping",
+                hint="add it to the optimizer before worker.optimizer(…)",
+            )
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with this worker's clock under `shoal`. What the shards hold (momenta and the like) is not in it."""
+        return super().state_dict() | {"shoal": {"clock": self._worker.stats.clock}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Hyperparameters, and for an optimizer that runs here its state."""
+        state = {key: value for key, value in state_dict.items() if key != "shoal"}
+        if self._rules and state.get("state"):
+            logger.warning("optimizer state is not loaded: it lives on the servers; hyperparameters are")
+            state["state"] = {}
+        super().load_state_dict(state)
+        self._inner.param_groups, self._inner.state = self.param_groups, self.state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise ConfigError("an optimizer that is connected to servers cannot be copied")
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise ConfigError("an optimizer that is connected to servers cannot be pickled", hint="state_dict()")
+
+
+def _named(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The optimizer's parameters by their names in the model."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, torch.nn.Parameter] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            if id(parameter) not in names:
+                raise ConfigError(
+                    f"parameter {place} of the optimizer's group {index} is not in the model",
+                    hint="pass the model whose parameters the optimizer was made with",
+                )
+            found[names[id(parameter)]] = parameter
+    return found
+
+
+def _numbers(rule: str, group: dict[str, Any]) -> tuple[float, ...]:
+    """A parameter group's numbers in the order of the rule's."""
+    values = dict(group)
+    if "betas" in values:
+        values["beta1"], values["beta2"] = values["betas"]
+    with contextlib.suppress(KeyError):
+        return tuple(float(bool(values[name])) if name in FLAGS else float(values[name]) for name in RULES[rule])
+    missing = [name for name in RULES[rule] if name not in values]
+    # Older torch lacks the newest flags; absent means off.
+    return tuple(0.0 if name in missing else float(values[name]) for name in RULES[rule])
+
+
+def _view(values: Any, target: torch.Tensor) -> torch.Tensor:
+    """The cache's values as a tensor like `target`; it shares the cache's memory."""
+    flat = (
+        torch.from_numpy(values.view("int16")).view(torch.bfloat16)
+        if target.dtype is torch.bfloat16
+        else torch.from_numpy(values)
+    )
+    assert flat.numel() == bits(target).size
+    return flat.view(target.shape)

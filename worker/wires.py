@@ -1,0 +1,172 @@
+"""The worker's sockets: one DEALER to each server, each watched by a monitor (SPEC §1, §10).
+
+Rules
+- Only the thread that drives the loop touches this.
+- What goes wrong in a handshake is told, with the key that is at fault; nothing fails in silence.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import zmq
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
+
+from ..protocol.effects import Denied, Linked, Open, Received, Unlinked, Unreadable
+from ..protocol.errors import ProtocolError
+from ..protocol.frames import MAX_BUFFER, decode, encode
+from ..protocol.join import bracket, read_key
+from ..protocol.messages import Message
+
+HIGH_WATER = 1024
+TURN = 64
+_MISMATCH = 0x11000002  # ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
+_WRONG_KEY_AFTER = 3
+"""Handshakes in a row that end without a word before the server's key is taken to be another."""
+
+Event = Linked | Unlinked | Denied | Received | Unreadable
+
+
+@dataclass(slots=True)
+class _Wire:
+    socket: zmq.Socket[bytes]
+    monitor: zmq.Socket[bytes]
+    keyed: bool
+    up: bool = False
+    failures: int = 0
+    waiting: deque[Message] = field(default_factory=deque)
+
+
+class Wires:
+    """All connections of one worker.
+
+    Args:
+        secret: raw CURVE secret key from the join string, or empty.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.poller = zmq.Poller()
+        self._secret = z85.encode(secret) if secret else b""
+        self._wires: dict[int, _Wire] = {}
+        self._by_socket: dict[zmq.Socket[bytes], int] = {}
+
+    def open(self, order: Open) -> None:
+        """Connect; a connection under the same index is closed first."""
+        self._close(order.peer)
+        socket = self.context.socket(zmq.DEALER)
+        socket.linger = 0
+        socket.immediate = True
+        socket.sndhwm = socket.rcvhwm = HIGH_WATER
+        socket.maxmsgsize = MAX_BUFFER
+        socket.ipv6 = ":" in order.host
+        socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 2000
+        for option, value in (
+            (zmq.CONNECT_TIMEOUT, 5000),
+            (zmq.HANDSHAKE_IVL, 5000),
+            (zmq.HEARTBEAT_IVL, 2000),
+            (zmq.HEARTBEAT_TIMEOUT, 10_000),
+            (zmq.HEARTBEAT_TTL, 10_000),
+        ):
+            socket.setsockopt(option, value)
+        if order.key and self._secret:
+            socket.curve_serverkey = z85.encode(read_key(order.key, "server key"))
+            socket.curve_secretkey = self._secret
+            socket.curve_publickey = zmq.curve_public(self._secret)
+        monitor = socket.get_monitor_socket()
+        self._wires[order.peer] = _Wire(socket, monitor, bool(order.key))
+        for one in (socket, monitor):
+            self._by_socket[one] = order.peer
+            self.poller.register(one, zmq.POLLIN)
+        socket.connect(f"tcp://{bracket(order.host)}:{order.port}")
+
+    def send(self, peer: int, message: Message) -> None:
+        """Send, or keep until the socket takes it. What is kept when the connection breaks is dropped."""
+        wire = self._wires.get(peer)
+        if wire is None:
+            return
+        wire.waiting.append(message)
+        self._flush(wire)
+
+    def flush(self) -> bool:
+        """Send what waits. True if something still does."""
+        waiting = [wire for wire in self._wires.values() if wire.waiting]
+        return sum(map(self._flush, waiting)) > 0
+
+    def _flush(self, wire: _Wire) -> bool:
+        while wire.waiting:
+            try:
+                wire.socket.send_multipart(encode(wire.waiting[0]), zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                if not wire.up:
+                    wire.waiting.clear()
+                return bool(wire.waiting)
+            wire.waiting.popleft()
+        return False
+
+    def events(self, ready: list[tuple[object, int]]) -> Iterator[Event]:
+        """What has happened on sockets that the poller found ready."""
+        for source, _ in ready:
+            peer = self._by_socket.get(source)  # type: ignore[call-overload]
+            if peer is None or peer not in self._wires:
+                continue
+            wire = self._wires[peer]
+            if source is wire.socket:
+                yield from self._received(peer, wire)
+            elif source is wire.monitor:
+                yield from self._noticed(peer, wire)
+
+    def _received(self, peer: int, wire: _Wire) -> Iterator[Event]:
+        for _ in range(TURN):
+            try:
+                frames = wire.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                message = decode([frame.buffer for frame in frames])
+            except ProtocolError as error:
+                yield Unreadable(peer, error.reason)
+            else:
+                yield Received(peer, message)
+
+    def _noticed(self, peer: int, wire: _Wire) -> Iterator[Event]:
+        while wire.monitor.poll(0):
+            happened = recv_monitor_message(wire.monitor)
+            match happened["event"]:
+                case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    wire.up, wire.failures = True, 0
+                    yield Linked(peer)
+                case zmq.EVENT_DISCONNECTED if wire.up:
+                    wire.up = False
+                    wire.waiting.clear()
+                    yield Unlinked(peer)
+                case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                    yield Denied(peer, "does not have this join string's secret on its list of keys")
+                case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if happened["value"] == _MISMATCH and wire.keyed:
+                    yield Denied(peer, "speaks without keys, while the join string demands them")
+                case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if happened["value"] == _MISMATCH:
+                    yield Denied(peer, "asks for keys, and the join string has none")
+                case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                    wire.failures += 1
+                    if wire.failures == _WRONG_KEY_AFTER:
+                        wrong = "holds another key than the join string says" if wire.keyed else "does not speak ZeroMQ"
+                        yield Denied(peer, wrong)
+
+    def _close(self, peer: int) -> None:
+        wire = self._wires.pop(peer, None)
+        if wire is None:
+            return
+        for one in (wire.socket, wire.monitor):
+            self.poller.unregister(one)
+            del self._by_socket[one]
+        wire.socket.disable_monitor()
+        wire.monitor.close(0)
+        wire.socket.close(0)
+
+    def close(self) -> None:
+        for peer in list(self._wires):
+            self._close(peer)
+        self.context.term()
