@@ -1,0 +1,248 @@
+"""The `shoal` command (DESIGN §8). Each command reads its flags, hands them on, and turns errors into one line and an exit code.
+
+Rules
+- Exit codes follow sysexits: 64 usage, 66 no such script, 69 unavailable, 70 our fault, 77 keys, 78 a setting.
+- A user's mistake never shows a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import click
+
+from . import __version__
+from .launch.connect import check_platform
+from .launch.settings import JOIN, RUN, SERVER, Setting, settle
+from .protocol.errors import AuthError, ConfigError, NoServerError, ServerLost, ShoalError, VersionError, WaitTimeout
+from .protocol.join import read_join
+
+USAGE, NO_INPUT, UNAVAILABLE, SOFTWARE, CANT_CREATE, PROTOCOL, NO_PERMISSION, CONFIG = 64, 66, 69, 70, 73, 76, 77, 78
+
+
+def options(settings: tuple[Setting, ...], short: dict[str, str] | None = None) -> Any:
+    """A flag for each setting. Values are read by `settle`, which knows the other places that they may come from."""
+
+    def decorate(function: Any) -> Any:
+        for setting in reversed(settings):
+            names = [setting.option, *((short or {}).get(setting.name, "").split())]
+            default = f"{setting.default:g}" if isinstance(setting.default, float) else setting.default
+            text = (
+                f"{setting.help} [{setting.env}" + (f"; default {default}" if default not in ("", False) else "") + "]"
+            )
+            if setting.flag:
+                function = click.option(*names, setting.name, is_flag=True, default=None, help=text)(function)
+            else:
+                function = click.option(*names, setting.name, metavar=setting.metavar or None, default=None, help=text)(
+                    function
+                )
+        return function
+
+    return decorate
+
+
+class Group(click.Group):
+    """Commands in the order in which a newcomer meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, message="shoal %(version)s")
+def shoal() -> None:
+    """Train with parameters on servers and gradients from workers, within a staleness bound.
+
+    \b
+    shoal run -n 4 train.py                       servers and 4 workers on this machine
+    shoal server --bind 10.0.0.1                  servers for other machines; prints the join string
+    SHOAL_JOIN=shoal1:… python train.py           a worker, on any machine
+    """
+
+
+@shoal.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": False})
+@options(RUN, {"workers": "-n"})
+@click.argument("script")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def run(script: str, args: tuple[str, ...], **given: Any) -> int:
+    """Run SCRIPT as several workers, with servers, on this machine.
+
+    \b
+    shoal run train.py
+    shoal run -n 4 --servers 2 --staleness 8 train.py --lr 0.1
+    shoal run --mode sync --report run.json train.py
+    """
+    from .launch.run import Run
+
+    return Run(given, script, args).go()
+
+
+@shoal.command()
+@options(SERVER)
+@click.option("--join", default="", metavar="STRING", help="Add shards to the server that printed this join string.")
+@click.option("--join-file", default="", metavar="FILE", help="Write the join string there once the server is ready.")
+def server(join: str, join_file: str, **given: Any) -> int:
+    """Start servers for workers on this and other machines; they run until Ctrl-C.
+
+    \b
+    shoal server                                  this machine only
+    shoal server --bind 10.0.0.1 --shards 2       other machines too; keys are made on first use
+    shoal server --join shoal1:… --bind 10.0.0.2  more shards, from another machine
+    """
+    from .launch.serve import serve
+
+    return serve(given, join, join_file)
+
+
+@shoal.command(context_settings={"allow_interspersed_args": False})
+@click.option(
+    "--join", default=None, metavar="STRING", help="The join string that `shoal server` printed. [SHOAL_JOIN]"
+)
+@click.option("--name", default="", help="The worker's name; by default made from host and process.")
+@click.option(
+    "--max-restarts",
+    default=3,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Start it again so often when it fails.",
+)
+@click.argument("script")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def worker(join: str | None, name: str, max_restarts: int, script: str, args: tuple[str, ...]) -> int:
+    """Run SCRIPT as one worker of a server elsewhere; start it again when it fails.
+
+    \b
+    shoal worker --join shoal1:… train.py --lr 0.1
+    SHOAL_JOIN=shoal1:… shoal worker train.py
+    """
+    from .launch.supervise import supervise
+
+    return supervise(joining(join, needed=True), script, args, name, max_restarts)
+
+
+@shoal.command()
+@click.option(
+    "--join", default=None, metavar="STRING", help="Which server; by default the one on this machine. [SHOAL_JOIN]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Everything, as one JSON object.")
+def status(join: str | None, as_json: bool) -> int:
+    """Show who is here, who is slow, and what was refused.
+
+    \b
+    shoal status
+    SHOAL_JOIN=shoal1:… shoal status --json
+    """
+    from .launch.inquiry import inquire
+    from .launch.status import show
+
+    found = inquire(read_join(joining(join)), "status")
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        show(found)
+    return 0
+
+
+@shoal.command()
+@click.argument("join", required=False)
+@click.option("--json", "as_json", is_flag=True, help="The findings, as one JSON object.")
+def doctor(join: str | None, as_json: bool) -> int:
+    """Find out which step on the way to a server fails.
+
+    \b
+    shoal doctor
+    shoal doctor 'shoal1:10.0.0.1:7450:…'
+    """
+    from .launch.doctor import examine
+
+    findings = []
+    for finding in examine(read_join(joining(join))):
+        findings.append(finding)
+        if not as_json:
+            mark = click.style("ok  ", fg="green") if finding.ok else click.style("FAIL", fg="red")
+            click.echo(f"{mark}  {finding.step:<10} {finding.text}")
+            if finding.hint and not finding.ok:
+                click.echo(f"{'':16} try: {finding.hint}")
+    failed = next((finding for finding in findings if not finding.ok), None)
+    if as_json:
+        steps = [{"step": f.step, "ok": f.ok, "text": f.text, "hint": f.hint} for f in findings]
+        click.echo(json.dumps({"ok": failed is None, "steps": steps}, indent=2))
+    return failed.code if failed else 0
+
+
+@shoal.group()
+def bench() -> None:
+    """Measure this machine, beside the limits of the same run."""
+
+
+@bench.command()
+@click.option("--sizes", default="", metavar="BYTES,…", help="Payloads in bytes; by default 100 to 100,000,000.")
+@click.option(
+    "--repeat", default=9, show_default=True, type=click.IntRange(3), help="Runs of each; medians are printed."
+)
+@click.option("--shards", default=1, show_default=True, type=click.IntRange(1, 64), help="Shard processes.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def pushpull(sizes: str, repeat: int, shards: int, as_json: bool) -> int:
+    """Push and pull, from 100 bytes to 100 MB, beside memory copy, raw TCP and bare pyzmq.
+
+    \b
+    shoal bench pushpull
+    shoal bench pushpull --sizes 4000000,100000000 --json
+    """
+    from .bench.pushpull import main as measure
+
+    return measure(sizes, repeat, shards, as_json)
+
+
+def joining(given: str | None, needed: bool = False) -> str:
+    """The join string: the flag, $SHOAL_JOIN, shoal.toml; else the server on this machine."""
+    found = str(settle([JOIN], {"join": given}, "worker")["join"])
+    if not found and needed:
+        raise ConfigError("no server is named", hint="--join with the line that `shoal server` printed, or SHOAL_JOIN")
+    return found or "127.0.0.1"
+
+
+def exit_code(error: ShoalError) -> int:
+    """Which code says whose fault it was."""
+    from .launch.workers import ScriptMissing
+
+    if isinstance(error, ScriptMissing):
+        return NO_INPUT
+    if isinstance(error, AuthError):
+        return NO_PERMISSION
+    if isinstance(error, VersionError):
+        return PROTOCOL
+    if isinstance(error, NoServerError | ServerLost | WaitTimeout):
+        return UNAVAILABLE
+    if isinstance(error, ConfigError):
+        return UNAVAILABLE if "in use" in error.what else CONFIG
+    return SOFTWARE
+
+
+def main() -> None:
+    """The entry point."""
+    code: Any = 0
+    try:
+        check_platform()
+        code = shoal.main(standalone_mode=False, prog_name="shoal")
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = USAGE
+    except click.ClickException as error:
+        error.show()
+        code = USAGE
+    except click.exceptions.Abort:
+        code = 130
+    except ShoalError as error:
+        click.echo(f"shoal: {error}", err=True)
+        code = exit_code(error)
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

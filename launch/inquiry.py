@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ..protocol.effects import COORDINATOR, Denied, Linked, Open, Received
@@ -44,7 +45,7 @@ class Inquiry:
         """Send bytes there and back."""
         self._exchange(lambda request: Echo(request, (payload,)), timeout)
 
-    def _exchange(self, make: Any, timeout: float) -> Message:
+    def _exchange(self, make: Callable[[int], Message], timeout: float) -> Any:
         deadline = time.monotonic() + timeout
         if not self._linked:
             self.connect(timeout)

@@ -41,6 +41,7 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
             {
                 "index": s.place.index,
                 "address": f"{s.place.host}:{s.place.port}",
+                "key": s.place.key,
                 "state": "lost" if c.shards.is_lost(s, c.now) else "live",
                 "filled": s.filled,
                 "min_clock": s.floor,

@@ -1,0 +1,73 @@
+"""`shoal status` for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .report import human_bytes, number
+
+
+def show(status: dict[str, Any]) -> None:
+    """Print a status to standard output."""
+    console = Console(highlight=False)
+    bound = "" if status["mode"] == "sync" else f"  staleness {number(status['staleness'])}"
+    console.print(
+        Text(
+            f"run {status['run']}  mode {status['mode']}{bound}  security {status['security']}  {status['seconds']:.0f} s"
+        )
+    )
+    if status["insecure"]:
+        console.print(
+            Text("INSECURE: no keys; whoever reaches the port can read and change the model", style="bold red")
+        )
+    if status["waiting_for"]:
+        console.print(Text(f"waiting for {status['waiting_for']}", style="yellow"))
+    totals = status["totals"]
+    console.print(
+        Text(
+            f"clock {status['min_clock']} to {status['max_clock']}  {totals['steps']} steps  "
+            f"{human_bytes(totals['bytes_pushed'])} pushed  {human_bytes(totals['bytes_pulled'])} pulled"
+        )
+    )
+    _table(
+        console,
+        ("worker", "state", "clock", "host", "pid", "renewed"),
+        [
+            (w["name"], w["state"], w["clock"], w["host"], w["pid"], f"{w['renewed_seconds_ago']:.1f} s ago")
+            for w in status["workers"]
+        ],
+    )
+    _table(
+        console,
+        ("shard", "state", "address", "clock", "in", "out", "updates"),
+        [
+            (
+                s["index"], s["state"], s["address"], s["min_clock"], human_bytes(s["counters"].get("bytes_in", 0)),
+                human_bytes(s["counters"].get("bytes_out", 0)), int(s["counters"].get("updates", 0)),
+            )
+            for s in status["shards"]
+        ],
+    )  # fmt: skip
+    _table(
+        console,
+        ("data", "examples", "epoch", "leased", "completed", "lost", "leased again"),
+        [
+            (d["name"], d["examples"], d["epoch"], d["leased"], d["completed"], d["lost"], d["re_leased"])
+            for d in status["data"]
+        ],
+    )
+    for title, found in (("logged", status["logged"]), ("rejected", status["rejected"])):
+        if found:
+            console.print(Text(f"{title}  " + "  ".join(f"{name} {number(value)}" for name, value in found.items())))
+
+
+def _table(console: Console, head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    if rows:
+        table = Table(*head, box=None, pad_edge=False, header_style="dim")
+        for row in rows:
+            table.add_row(*map(str, row))
+        console.print(table)
