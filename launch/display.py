@@ -91,7 +91,7 @@ class Display:
         totals = status["totals"]
         words = [
             f"{status['seconds']:.0f} s",
-            f"clock {status['min_clock']}–{status['max_clock']}",
+            f"clock {status['min_clock']}-{status['max_clock']}",
             f"{totals['steps']} steps ({self._rates.total:.1f}/s)",
             *(f"{name} {number(value)}" for name, value in status["logged"].items()),
         ]

@@ -61,7 +61,10 @@ def announce(console: Console, settings: dict[str, Any], servers: Servers, joine
     """What runs where, and the exact next commands."""
     bound = "" if settings["mode"] == "sync" else f" staleness={settings['staleness']:g}"
     security = "INSECURE" if servers.insecure else ("loopback only" if is_loopback(settings["bind"]) else "keys")
-    say = lambda text: console.print(Text(text), soft_wrap=True)  # noqa: E731 - five lines below are all there is to it
+
+    def say(text: str) -> None:
+        console.print(Text(text), soft_wrap=True)
+
     if joined:
         say(f"shoal: {len(servers.shards)} shards have joined the server at {servers.address.address}")
         return

@@ -8,6 +8,7 @@ Rules
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 
 import torch
 
@@ -89,7 +90,7 @@ class Store:
             raise Misfit("shape", f"block {block}: {len(payload)} bytes, not {elements * held.block.itemsize}")
         tensor = _tensor(payload, held.weights.dtype)
         # A sum is one pass at memory speed, and NaN or infinity shows in it; only then look at each.
-        if not torch.isfinite(tensor.sum()) and not bool(torch.isfinite(tensor).all()):
+        if not isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
             raise Misfit("nonfinite", f"block {block} holds NaN or infinity")
         return tensor
 

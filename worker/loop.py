@@ -342,8 +342,8 @@ class Loop:
         """How long the background thread may sleep. Negative: the loop is over."""
         if self._closed or self._broken is not None:
             return -1.0
-        quiet = time.monotonic() - self._driven_at
-        if self._tickets and quiet < NAP:
+        quiet = 0.0 if self._driver else time.monotonic() - self._driven_at
+        if (self._driver or self._tickets) and quiet < NAP:
             return NAP - quiet
         if self._tickets or time.monotonic() >= self._core.wake_at:
             return 0.0

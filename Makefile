@@ -1,0 +1,46 @@
+# The one door. `make demo` and `make test` need nothing but Python 3.11 and its venv module.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test check lint types tests soak examples bench clean
+
+help:                    ## what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 24
+
+$(BIN)/shoal: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,examples]'
+	@touch $@
+
+.typing/shoal:           # lets type checkers see the checkout as `shoal`
+	@mkdir -p .typing && ln -sfn .. $@
+
+demo: $(BIN)/shoal       ## install, and train the digits with 2 shards, a coordinator and 2 workers
+	$(BIN)/shoal run -n 2 --servers 2 examples/digits.py
+
+test: lint types tests   ## what CI runs
+
+lint: $(BIN)/shoal
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(BIN)/shoal .typing/shoal
+	$(BIN)/mypy
+
+tests: $(BIN)/shoal
+	$(BIN)/python -m pytest
+
+soak: $(BIN)/shoal       ## 100,000 random schedules; SHOAL_SEED=… to repeat one
+	SHOAL_SCHEDULES=$${SHOAL_SCHEDULES:-100000} $(BIN)/python -m pytest tests/test_simulation.py -k random -s --timeout 0
+
+examples: $(BIN)/shoal   ## every example, each under a minute
+	for script in examples/*.py; do $(BIN)/shoal run -n 2 --servers 2 $$script || exit 1; done
+
+bench: $(BIN)/shoal      ## push and pull beside the limits of this machine
+	$(BIN)/shoal bench pushpull
+
+clean:                   ## everything that was made here
+	rm -rf $(VENV) .typing build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
