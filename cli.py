@@ -16,7 +16,7 @@ import click
 
 from . import __version__
 from .launch.connect import check_platform
-from .launch.settings import JOIN, RUN, SERVER, Setting, settle
+from .launch.settings import JOIN, RUN, SERVER, BadFlag, Setting, settle
 from .protocol.errors import AuthError, ConfigError, NoServerError, ServerLost, ShoalError, VersionError, WaitTimeout
 from .protocol.join import read_join
 
@@ -217,6 +217,8 @@ def exit_code(error: ShoalError) -> int:
         return PROTOCOL
     if isinstance(error, NoServerError | ServerLost | WaitTimeout):
         return UNAVAILABLE
+    if isinstance(error, BadFlag):
+        return USAGE
     if isinstance(error, ConfigError):
         return UNAVAILABLE if "in use" in error.what else CONFIG
     return SOFTWARE

@@ -133,7 +133,7 @@ class Run:
                 "stopped" if stopper.signal else "finished" if not code else "failed",
                 report.rows(found),
             )
-            if not found["steps"]:
+            if not found["steps"] and not code:
                 display.say("no step was made: does the script call shoal.connect()?", "yellow")
             if self._settings["report"]:
                 report.write(self._settings["report"], found)

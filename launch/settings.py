@@ -1,4 +1,5 @@
-"""Every setting, once: its name, how it is read, its default, its help. Flags, environment, `shoal.toml` and `LocalCluster` share it.
+"""Every setting, once: its name, how it is read, its default, its help. Flags, environment, `shoal.toml` and `LocalCluster`
+share it.
 
 Rules
 - Precedence: argument or flag, then `SHOAL_…`, then `shoal.toml`, then the default.
@@ -20,6 +21,11 @@ from typing import Any
 from ..protocol.errors import ConfigError
 from ..protocol.join import DEFAULT_PORT
 from ..protocol.layout import BLOCK_BYTES, MAX_BLOCK_BYTES, MIN_BLOCK_BYTES
+
+
+class BadFlag(ConfigError):
+    """A flag or an argument has a value that it cannot have."""
+
 
 TOML = "shoal.toml"
 MODES = ("async", "sync")
@@ -136,7 +142,7 @@ CLUSTER = (
     Setting("staleness", staleness, 3.0, "How many clocks a worker may be ahead of the slowest: 0, a number, or inf.", "K|inf"),
     Setting("lease", seconds, 15.0, "A worker that is silent for so long is declared dead.", "TIME"),
     Setting("min_workers", whole(1, 4096), 1, "The first clock begins when so many workers have joined.", "N"),
-    Setting("nonfinite", one_of("error", "skip"), "error", "A gradient with NaN or infinity: raise in the worker, or leave the step out.", "error|skip"),
+    Setting("nonfinite", one_of("error", "skip"), "error", "On NaN or infinity in a gradient: raise, or leave the step out.", "error|skip"),
     Setting("block_bytes", block_size, BLOCK_BYTES, "The largest block; 4KiB to 16MiB.", "SIZE"),
     Setting("state_dir", text, "", "Where keys are kept; by default ~/.local/state/shoal.", "DIR"),
 )  # fmt: skip
@@ -146,7 +152,7 @@ SERVER = (
     Setting("port", whole(0, 65535), DEFAULT_PORT, "The coordinator's port; shards take the next ones. 0: free ones.", "PORT"),
     Setting("advertise", text, "", "The address that others reach this machine by, if it is not the one bound.", "HOST"),
     Setting("shards", whole(1, 1024), 1, "Shard processes on this machine.", "S"),
-    Setting("min_shards", whole(0, 4096), 0, "Shards that the first worker waits for, with those of other machines; by default --shards.", "N"),
+    Setting("min_shards", whole(0, 4096), 0, "Shards to wait for, those of other machines included; by default --shards.", "N"),
     Setting("insecure", truth, False, "No keys, though the address is not loopback. Every status says so.", flag=True),
     *CLUSTER,
 )  # fmt: skip
@@ -188,7 +194,8 @@ def settle(settings: Iterable[Setting], given: Mapping[str, Any], table: str = "
         try:
             values[setting.name] = setting.read(value)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"{origin} is {value!r}: {_reason(error)}") from None
+            kind = BadFlag if origin == setting.option else ConfigError
+            raise kind(f"{origin} is {value!r}: {_reason(error)}") from None
     return values
 
 

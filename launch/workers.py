@@ -35,7 +35,7 @@ def check_script(script: str) -> None:
     """
     path = Path(script)
     if not path.exists():
-        raise ScriptMissing(f"there is no script {script!r}", cause="a typing mistake, or another folder", hint="ls")
+        raise ScriptMissing(f"there is no script {script!r}", cause="a typing mistake, or another folder")
     if not path.is_file():
         raise ScriptMissing(f"{script!r} is not a file", hint="the script that trains, as in `python SCRIPT`")
 

@@ -124,7 +124,7 @@ class Cache:
             raise ShapeError(
                 f"there is no tensor {name!r}", hint=f"one of {known}{', …' if len(self._where) > 5 else ''}"
             )
-        flat, piece = self._where[name]
+        _, piece = self._where[name]
         return self.layout.spec.tensors[piece.tensor]
 
     def values(self, name: str) -> Bits:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-
 from ..protocol.errors import (
     ConfigError,
     NonFiniteError,
@@ -35,7 +34,7 @@ from ..protocol.messages import Place
 from ..protocol.model import ModelSpec, Tensor
 from ..protocol.rules import Rule
 from . import calls
-from .arrays import Array, Bits, Cache, Gather, Template, bits, describe, write
+from .arrays import Array, Cache, Gather, Template, bits, describe, write
 from .core import Core
 from .data import Partition
 from .loop import Loop, Ticket
@@ -384,7 +383,7 @@ class Worker:
     ) -> Partition:
         """Share a data set with the other workers: an iterator over this worker's batches.
 
-        Each worker has the data; the coordinator leases ranges of it. What a dead worker had not finished is leased to another.
+        Each worker has the data; the coordinator leases ranges of it. What a dead worker had not finished goes to another.
 
         Args:
             data: a torch Dataset, an array, a tuple of arrays of one length, or any sequence; the same in every worker.

@@ -1,8 +1,8 @@
 """The worker's loop: it performs the core's effects. Whoever waits drives it (DESIGN §4).
 
 Rules
-- One thread at a time drives: it alone touches the core and the sockets. Driving changes hands under a lock, which is the fence that
-  ZeroMQ asks for.
+- One thread at a time drives: it alone touches the core and the sockets. Driving changes hands under a lock, which is the
+  fence that ZeroMQ asks for.
 - A caller that waits drives until its ticket has ended. A background thread drives only while nobody waits: it renews the
   lease, takes in late answers, repeats what was lost.
 - Every wait has a deadline, and Ctrl-C works in it.

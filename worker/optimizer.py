@@ -1,4 +1,5 @@
-"""The torch optimizer that pushes: `worker.optimizer(opt, model)` (DESIGN §8). The one place of the library that imports torch by itself.
+"""The torch optimizer that pushes: `worker.optimizer(opt, model)` (DESIGN §8). The one place of the library that imports
+torch by itself.
 
 Rules
 - It is a real `torch.optim.Optimizer`: hooks, schedulers, `param_groups` and GradScaler find what they expect.
@@ -60,9 +61,10 @@ class Optimizer(torch.optim.Optimizer):
         self._rules = tuple(Rule(rule, _numbers(rule, group)) for group in self.param_groups) if rule else ()
         if rule is None:
             logger.warning(
-                "%s is not one of the optimizers that run on the servers (%s): it runs in this worker, and its weight deltas are pushed",
-                type(optimizer).__name__, ", ".join(kind.__name__ for kind in _ON_SHARDS),
-            )  # fmt: skip
+                "%s is not one of the optimizers that run on the servers (%s): it runs here, and its weight deltas are pushed",
+                type(optimizer).__name__,
+                ", ".join(kind.__name__ for kind in _ON_SHARDS),
+            )
         elif self.state:
             logger.warning(
                 "the state that %s has gathered stays here; the servers begin with fresh state",

@@ -23,7 +23,7 @@ class Stats:
         clock: this worker's clock, in steps; min_clock: the least of all, as last heard.
         staleness: how many pulls saw which staleness (own clock minus least clock).
         bytes_pushed, bytes_pulled: payload, without headers.
-        seconds: by phase: push (gathering and sending), pull (waiting for weights), apply (copying them), data (waiting for a lease).
+        seconds: by phase: push (gathering, sending), pull (waiting for weights), apply (copying them), data (waiting for leases).
         retries: operations and requests sent again.
         skipped: steps whose gradient was not finite.
         lost: updates that were not acknowledged before an eviction or a shard's restart.
