@@ -138,24 +138,62 @@ def text(value: Any) -> str:
 
 
 CLUSTER = (
-    Setting("mode", one_of(*MODES), "async", "What the servers do with a push: apply it at once, or average a step.", "|".join(MODES)),
-    Setting("staleness", staleness, 3.0, "How many clocks a worker may be ahead of the slowest: 0, a number, or inf.", "K|inf"),
+    Setting(
+        "mode",
+        one_of(*MODES),
+        "async",
+        "What the servers do with a push: apply it at once, or average a step.",
+        "|".join(MODES),
+    ),
+    Setting(
+        "staleness",
+        staleness,
+        3.0,
+        "How many clocks a worker may be ahead of the slowest: 0, a number, or inf.",
+        "K|inf",
+    ),
     Setting("lease", seconds, 15.0, "A worker that is silent for so long is declared dead.", "TIME"),
     Setting("min_workers", whole(1, 4096), 1, "The first clock begins when so many workers have joined.", "N"),
-    Setting("nonfinite", one_of("error", "skip"), "error", "On NaN or infinity in a gradient: raise, or leave the step out.", "error|skip"),
+    Setting(
+        "nonfinite",
+        one_of("error", "skip"),
+        "error",
+        "On NaN or infinity in a gradient: raise, or leave the step out.",
+        "error|skip",
+    ),
     Setting("block_bytes", block_size, BLOCK_BYTES, "The largest block; 4KiB to 16MiB.", "SIZE"),
     Setting("state_dir", text, "", "Where keys are kept; by default ~/.local/state/shoal.", "DIR"),
-)  # fmt: skip
+)
 
 SERVER = (
-    Setting("bind", text, "127.0.0.1", "The address to listen on. Anything but loopback uses keys, made on first use.", "HOST"),
-    Setting("port", whole(0, 65535), DEFAULT_PORT, "The coordinator's port; shards take the next ones. 0: free ones.", "PORT"),
-    Setting("advertise", text, "", "The address that others reach this machine by, if it is not the one bound.", "HOST"),
+    Setting(
+        "bind",
+        text,
+        "127.0.0.1",
+        "The address to listen on. Anything but loopback uses keys, made on first use.",
+        "HOST",
+    ),
+    Setting(
+        "port",
+        whole(0, 65535),
+        DEFAULT_PORT,
+        "The coordinator's port; shards take the next ones. 0: free ones.",
+        "PORT",
+    ),
+    Setting(
+        "advertise", text, "", "The address that others reach this machine by, if it is not the one bound.", "HOST"
+    ),
     Setting("shards", whole(1, 1024), 1, "Shard processes on this machine.", "S"),
-    Setting("min_shards", whole(0, 4096), 0, "Shards to wait for, those of other machines included; by default --shards.", "N"),
+    Setting(
+        "min_shards",
+        whole(0, 4096),
+        0,
+        "Shards to wait for, those of other machines included; by default --shards.",
+        "N",
+    ),
     Setting("insecure", truth, False, "No keys, though the address is not loopback. Every status says so.", flag=True),
     *CLUSTER,
-)  # fmt: skip
+)
 
 RUN = (
     Setting("workers", whole(1, 1024), 2, "Worker processes.", "WORKERS"),

@@ -359,7 +359,7 @@ class Worker:
         Args:
             optimizer: SGD, Adagrad, RMSprop, Adam and AdamW run on the shards; any other runs here, and its weight deltas are pushed.
             model: whose parameters the optimizer holds; a compiled one is unwrapped.
-            buffers: `local` (each worker keeps its own BatchNorm statistics) or `mean` (they are averaged through the shards).
+            buffers: `local` (each worker keeps its own BatchNorm statistics) or `mean` (averaged through the shards).
 
         Raises:
             ConfigError: a parameter of the optimizer is not in the model, or a setting is unknown.
