@@ -275,6 +275,7 @@ class View:
     mode: Text
     staleness: Real
     filler: U64
+    quorum: U32
     members: Members
 
 
@@ -296,6 +297,7 @@ class Report:
     epoch: U64
     digest: Text
     filled: Flag
+    opened: Flag
     floor: U64
     clocks: Marks
     counters: Numbers

@@ -1,7 +1,7 @@
 """The clocks of the workers that a shard counts in (SPEC §6.1).
 
 Rules
-- `min` never falls.
+- `min` never falls, and stays while it is held.
 - A worker's clock never falls while it is counted in.
 """
 
@@ -15,6 +15,7 @@ class Clocks:
         self._clocks: dict[int, int] = {}
         self._min = floor
         self._highest = floor
+        self._held = True
 
     @property
     def min(self) -> int:
@@ -37,6 +38,11 @@ class Clocks:
         """The first of those at the least clock."""
         return min(self._clocks, key=self._clocks.__getitem__, default=None)
 
+    def release(self) -> None:
+        """From now on `min` follows the clocks."""
+        self._held = False
+        self._settle()
+
     def enter(self, incarnation: int, clock: int | None = None) -> int:
         """Count a worker in, at `min` unless a clock is given; again changes nothing. Returns `min`."""
         self._clocks.setdefault(incarnation, self._min if clock is None else max(clock, self._min))
@@ -57,4 +63,6 @@ class Clocks:
             self._settle()
 
     def _settle(self) -> None:
+        if self._held:
+            return
         self._min = max(self._min, min(self._clocks.values(), default=self._highest))

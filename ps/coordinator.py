@@ -122,6 +122,8 @@ class Coordinator:
         self.spec: ModelSpec | None = None
         self.opened_at: float | None = None
         """When `min_workers` were here for the first time."""
+        self._begun = False
+        """Has every shard had `min_workers` workers counted in at once?"""
         self._model: Model | None = None
         self._filler = 0
         self._registrations = 0
@@ -187,6 +189,9 @@ class Coordinator:
             life = self.members.get(incarnation)
             if life is not None:
                 life.clock = max(life.clock, clock)
+        if not self._begun and self.shards.opened:
+            self._begun = True
+            self._new_epoch()
         if before != (held.filled, held.digest):
             self._filling_changed(unfilled)
         elif (held.epoch < self.epoch or self._lacks_model(held)) and self.now - held.sent_at >= RETRY:
@@ -237,8 +242,18 @@ class Coordinator:
             self._send(held.peer, self._model)
         if held.epoch < self.epoch:
             members = tuple(Member(life.incarnation, life.name, life.entered, life.clock) for life in self.members)
-            view = View(self.run, self.epoch, self.settings.mode, self.settings.staleness, self._filler, members)
+            view = View(
+                self.run, self.epoch, self.settings.mode, self.settings.staleness, self._filler, self._quorum, members
+            )
             self._send(held.peer, view)
+
+    @property
+    def _quorum(self) -> int:
+        """How many must be counted in before the first clock begins. Those who died since all were here are not waited for."""
+        if self._begun:
+            return 0
+        wanted = self.settings.min_workers
+        return wanted if self.opened_at is None else min(wanted, len(self.members))
 
     def _lacks_model(self, held: Held) -> bool:
         return self._model is not None and held.place.index < self.shards.fixed and held.digest != self._model.digest

@@ -128,6 +128,8 @@ class Updater:
         if state is not None:
             for half, span in zip(halves, (slice(None, cut), slice(cut, None)), strict=True):
                 self._optimizer.state[half] = {key: _narrow(key, value, span) for key, value in state.items()}
+        if self._rule.name == "sgd":  # fused SGD cannot hold segments with and without a momentum in one list
+            self._optimizer.param_groups[0].update(fused=False, foreach=False)
         self._segments[index - 1 : index] = halves
         self._starts.insert(index, at)
         self._optimizer.param_groups[0]["params"] = list(self._segments)

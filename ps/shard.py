@@ -84,6 +84,10 @@ class Shard:
         self._ranks: dict[int, int] = {}
         self._weights: Weights | None = None
         self._clocks = Clocks()
+        self._entered: set[int] = set()
+        """Those in the view who were counted in here at least once."""
+        self._opened = False
+        """Has the first clock begun?"""
         self._open_step = 0
         self._inboxes: dict[int, Inbox] = {}
         self._routes: dict[int, Peer] = {}
@@ -167,12 +171,13 @@ class Shard:
         self._ranks = {member.incarnation: rank for rank, member in enumerate(view.members)}
         for gone in [known for known in {*self._inboxes, *dict(self._clocks.items())} if known not in self._names]:
             self._drop(gone)
-        if first:  # a restarted shard: those who had entered hold the others until they speak (SPEC §6.1.4)
+        if first:  # a restarted shard: those who had entered hold the others until they speak (SPEC §6.1.5)
             for member in view.members:
                 if member.entered:
                     self._clocks.enter(member.incarnation, member.clock)
         if self._weights and not self._filled and (before is None or before.filler != view.filler):
             self._weights.restart_filling()
+        self._open()
         for incarnation, (epoch, peer) in list(self._hellos.items()):
             if epoch <= view.epoch:
                 del self._hellos[incarnation]
@@ -180,11 +185,19 @@ class Shard:
         self._settle()
         self._report()
 
+    def _open(self) -> None:
+        """The first clock begins when a quorum is counted in (SPEC §6.1.4)."""
+        if not self._opened and self._view is not None and len(self._entered) >= self._view.quorum:
+            self._opened = True
+            self._clocks.release()
+            self._report()
+
     def _drop(self, incarnation: int) -> None:
         for held in (self._inboxes, self._pulls, self._routes):
             held.pop(incarnation, None)
         if self._weights:
             self._weights.drop(incarnation)
+        self._entered.discard(incarnation)
         self._clocks.leave(incarnation)
 
     def _report(self) -> None:
@@ -200,6 +213,7 @@ class Shard:
                     self._epoch,
                     digest,
                     self._filled,
+                    self._opened or (self._weights is not None and not len(self._weights.store)),
                     self._clocks.min,
                     self._clocks.items(),
                     counters,
@@ -245,9 +259,9 @@ class Shard:
         verdict = inbox.take(operation)
         if verdict is Verdict.QUEUED:
             self.counters["bytes_in"] += payload_bytes(operation)
-            before = (self._clocks.min, len(self._clocks), self._filled)
+            before = (self._clocks.min, len(self._clocks), self._filled, self._opened)
             self._drain(incarnation, inbox)
-            if before != (self._clocks.min, len(self._clocks), self._filled):
+            if before != (self._clocks.min, len(self._clocks), self._filled, self._opened):
                 self._settle()
             else:
                 self._answer(incarnation)
@@ -303,6 +317,8 @@ class Shard:
                 self._push(operation)
             case Enter():
                 self._clocks.enter(operation.incarnation)
+                self._entered.add(operation.incarnation)
+                self._open()
             case Start():
                 if operation.incarnation not in self._clocks:
                     self._clocks.enter(operation.incarnation, operation.clock)
@@ -376,7 +392,7 @@ class Shard:
 
     def _answer(self, incarnation: int) -> None:
         parked = self._pulls.get(incarnation)
-        if not parked or not self._filled:
+        if not parked or not self._filled or not self._opened:
             return
         for request, pull in list(parked.items()):
             if self._inboxes[incarnation].applied >= pull.after and self._within(incarnation, pull.clock):
@@ -479,7 +495,7 @@ class Shard:
         assert set(self._pulls) <= set(self._inboxes) <= set(self._routes)
         assert all(clock >= self._clocks.min for _, clock in self._clocks.items())
         assert {known for known, _ in self._clocks.items()} <= set(self._names)
-        if self._filled:
+        if self._filled and self._opened:
             for incarnation, parked in self._pulls.items():
                 for pull in parked.values():
                     late = self._inboxes[incarnation].applied < pull.after

@@ -26,6 +26,7 @@ class Held:
     epoch: int = 0
     digest: str = ""
     filled: bool = False
+    opened: bool = False
     floor: int = 0
     clocks: dict[int, int] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
@@ -65,6 +66,11 @@ class Shards:
         return self.fixed > 0 and all(
             i in self._held and self._held[i].digest == self.digest for i in range(self.fixed)
         )
+
+    @property
+    def opened(self) -> bool:
+        """Has every shard of the layout begun its first clock?"""
+        return self.fixed > 0 and all(held.opened for index, held in self._held.items() if index < self.fixed)
 
     @property
     def unfilled(self) -> tuple[int, ...]:
@@ -112,6 +118,6 @@ class Shards:
     def report(self, held: Held, report: Report, peer: Peer, now: float) -> None:
         held.peer, held.heard_at = peer, now
         held.epoch, held.digest, held.filled = report.epoch, report.digest, report.filled
-        held.floor = report.floor
+        held.opened, held.floor = report.opened, report.floor
         held.clocks = dict(report.clocks)
         held.counters = dict(report.counters)

@@ -86,5 +86,7 @@ def nothing_left() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No setting of the machine's reaches a test."""
-    for name in [name for name in os.environ if name.startswith("SHOAL_") and name not in ("SHOAL_SEED", "SHOAL_SCHEDULES")]:
+    for name in [
+        name for name in os.environ if name.startswith("SHOAL_") and name not in ("SHOAL_SEED", "SHOAL_SCHEDULES")
+    ]:
         monkeypatch.delenv(name)

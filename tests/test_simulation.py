@@ -54,9 +54,10 @@ def blow(cluster: Cluster, kind: str, name: str, number: int, dice: random.Rando
     app = cluster.apps.get(name)
     if app is None or app.node.stopped:
         return
+    if kind == "crash" and (len(cluster.apps) == 1 or cluster.coordinator.opened_at is None):
+        kind = "crash and restart"  # somebody must be left to do the work, and enough to begin it
     if kind in ("crash", "crash and restart"):
-        if len(cluster.apps) > 1 or kind == "crash and restart":
-            cluster.crash_worker(name)
+        cluster.crash_worker(name)
         if kind == "crash and restart":
             cluster.to_come += 1
             sim.at(sim.now + dice.uniform(0.1, 5.0), lambda: cluster.restart_worker(name))

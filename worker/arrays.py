@@ -42,7 +42,7 @@ def describe(name: str, array: Array, group: int = 0) -> Tensor:
     Raises:
         ShapeError: not an array, or of a dtype that shoal does not carry.
     """
-    if not is_torch(array) and not isinstance(array, np.ndarray):
+    if not is_torch(array) and not isinstance(array, np.ndarray | np.generic):
         raise ShapeError(f"{name!r} is a {type(array).__name__}", hint="a numpy array or a torch tensor")
     dtype = str(array.dtype).removeprefix("torch.")
     if dtype not in ITEMSIZE:
