@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_sync import together
 from torch import nn
 from torch.nn import functional
 
@@ -95,7 +96,7 @@ def wrapped() -> Iterator[tuple[shoal.Worker, Net, Any]]:
 
 def test_it_is_an_optimizer(wrapped: tuple[shoal.Worker, Net, Any]) -> None:
     """Hooks, closures, groups and zero_grad work as torch's do."""
-    worker, net, opt = wrapped
+    _, net, opt = wrapped
     seen: list[str] = []
     handles = [
         opt.register_step_pre_hook(lambda *_: seen.append("before")),
@@ -233,7 +234,7 @@ def test_buffers(policy: str) -> None:
         nets = [nn.Sequential(nn.BatchNorm1d(2)) for _ in range(2)]
         workers = [shoal.connect(cluster.join) for _ in nets]
         try:
-            run_together(
+            together(
                 [
                     lambda w=w, n=n, k=k: _norm_step(w, n, k, policy)
                     for k, (w, n) in enumerate(zip(workers, nets, strict=True))
@@ -255,25 +256,3 @@ def _norm_step(worker: shoal.Worker, net: nn.Module, number: int, policy: str) -
     x = torch.tensor([[9.0, 9.0], [11.0, 11.0]]) * number  # means 0 and 10, momentum 0.1
     net(x).sum().backward()
     opt.step()
-
-
-def run_together(calls: list[Callable[[], None]]) -> None:
-    """Each call in a thread of its own, as workers are processes of their own; errors come out."""
-    import threading
-
-    errors: list[BaseException] = []
-
-    def guarded(call: Callable[[], None]) -> None:
-        try:
-            call()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(call,)) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    if errors:
-        raise errors[0]
-    assert not any(thread.is_alive() for thread in threads)

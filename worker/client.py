@@ -357,7 +357,8 @@ class Worker:
         """Wrap a torch optimizer: `step` pushes gradients, ends the step, and takes weights within the bound.
 
         Args:
-            optimizer: SGD, Adagrad, RMSprop, Adam and AdamW run on the shards; any other runs here, and its weight deltas are pushed.
+            optimizer: SGD, Adagrad, RMSprop, Adam and AdamW run on the shards; any other runs here, and its weight deltas are
+                pushed.
             model: whose parameters the optimizer holds; a compiled one is unwrapped.
             buffers: `local` (each worker keeps its own BatchNorm statistics) or `mean` (averaged through the shards).
 
