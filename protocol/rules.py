@@ -30,7 +30,8 @@ class Rule:
     """An update rule: its name and its numbers in the order of `RULES[name]`.
 
     Raises:
-        ConfigError: unknown name, wrong count, a number that is not finite, a flag that is neither 0 nor 1.
+        ConfigError: unknown name, wrong count, a number that is not finite, a flag that is neither 0 nor 1, or what torch's
+            optimizer of that name would not begin with.
     """
 
     name: str
@@ -47,13 +48,17 @@ class Rule:
                 raise ConfigError(f"{self.name}: {name} is {number}")
             if name in FLAGS and number not in (0.0, 1.0):
                 raise ConfigError(f"{self.name}: {name} is a flag, not {number}")
+            if (number < 0 and name != "dampening") or (number >= 1 and name in ("beta1", "beta2")):
+                raise ConfigError(f"{self.name}: {name} is {number}")
+        if self.name == "sgd" and self.numbers[4] and (self.numbers[1] <= 0 or self.numbers[2] != 0):
+            raise ConfigError("SGD: nesterov needs a momentum above 0 and a dampening of 0")
 
     def named(self) -> dict[str, float]:
         """The numbers by name."""
         return dict(zip(RULES[self.name], self.numbers, strict=True))
 
     def accepts(self, numbers: tuple[float, ...]) -> bool:
-        """May a push carry `numbers` for this rule? Flags must be as registered."""
+        """May a push carry `numbers` for this rule? Flags must be as registered; in a step torch takes any finite number."""
         if len(numbers) != len(self.numbers) or not all(map(math.isfinite, numbers)):
             return False
         return all(
@@ -71,8 +76,6 @@ def SGD(  # noqa: N802 - named as torch names it
     maximize: bool = False,
 ) -> Rule:
     """Stochastic gradient descent on the shards, as `torch.optim.SGD`."""
-    if nesterov and (momentum <= 0 or dampening != 0):
-        raise ConfigError("SGD: nesterov needs a momentum above 0 and a dampening of 0")
     return _rule("sgd", lr, momentum, dampening, weight_decay, nesterov, maximize)
 
 

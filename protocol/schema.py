@@ -20,11 +20,16 @@ class Malformed(Exception):
     """A value breaks its kind. Only `frames` sees this; it becomes a `ProtocolError`."""
 
 
+def _shown(value: Any) -> str:
+    """A value for an error's text; a container only by its type, for its repr is as deep as the sender likes."""
+    return f"{value!r:.40}" if isinstance(value, int | float | str | bytes) else f"a {type(value).__name__}"
+
+
 def integer(low: int, high: int) -> Check:
     def check(value: Any) -> int:
         if type(value) is int and low <= value <= high:
             return value
-        raise Malformed(f"{value!r:.40} is not an integer in [{low}, {high}]")
+        raise Malformed(f"{_shown(value)} is not an integer in [{low}, {high}]")
 
     return check
 
@@ -32,19 +37,19 @@ def integer(low: int, high: int) -> Check:
 def _real(value: Any) -> float:
     if type(value) is float and not math.isnan(value):
         return value
-    raise Malformed(f"{value!r:.40} is not a real")
+    raise Malformed(f"{_shown(value)} is not a real")
 
 
 def _any_real(value: Any) -> float:
     if type(value) is float:
         return value
-    raise Malformed(f"{value!r:.40} is not a real")
+    raise Malformed(f"{_shown(value)} is not a real")
 
 
 def _flag(value: Any) -> bool:
     if type(value) is bool:
         return value
-    raise Malformed(f"{value!r:.40} is not a flag")
+    raise Malformed(f"{_shown(value)} is not a flag")
 
 
 def string(most: int) -> Check:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..protocol.rules import Rule
+from ..protocol.rules import RULES, Rule
 
 Ranges = Sequence[tuple[int, int]]
 """Elements `[start, stop)` of a block, ascending, not touching."""
@@ -108,7 +108,7 @@ class Updater:
     def _set(self, numbers: tuple[float, ...]) -> None:
         if numbers == self._numbers or self._optimizer is None:
             return
-        named = Rule(self._rule.name, numbers).named()
+        named = dict(zip(RULES[self._rule.name], numbers, strict=True))
         self._optimizer.param_groups[0].update(torch_settings(self._rule.name, named))
         self._numbers = numbers
 
