@@ -16,6 +16,7 @@ from typing import Any
 
 from ..protocol.errors import AuthError, ShoalError
 from ..protocol.join import JoinAddress
+from ..worker.greeting import mechanism
 from .inquiry import Inquiry
 
 TIMEOUT = 5.0
@@ -84,20 +85,9 @@ def _tcp(address: JoinAddress) -> Finding:
 
 
 def _greeting(address: JoinAddress) -> Finding:
-    """The first bytes of ZMTP 3 (RFC 23): signature, version, and the security mechanism."""
-    try:
-        with socket.create_connection((address.host, address.port), TIMEOUT) as connection:
-            connection.settimeout(TIMEOUT)
-            mechanism = b"CURVE" if address.server_key else b"NULL"
-            connection.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x01" + mechanism.ljust(20, b"\0") + bytes(32))
-            greeting = b""
-            while len(greeting) < 64 and (more := connection.recv(64 - len(greeting))):
-                greeting += more
-    except OSError:
-        greeting = b""
-    if len(greeting) < 64 or greeting[0] != 0xFF or greeting[9] != 0x7F:
+    theirs, version = mechanism(address.host, address.port, TIMEOUT)
+    if not theirs:
         return Finding("greeting", False, "what listens there does not speak ZeroMQ", "another program has this port")
-    theirs = greeting[12:32].rstrip(b"\0").decode("ascii", "replace")
     ours = "CURVE" if address.server_key else "NULL"
     if theirs != ours:
         told = (
@@ -106,7 +96,7 @@ def _greeting(address: JoinAddress) -> Finding:
             else "speaks without keys, and the join string demands them"
         )
         return Finding("greeting", False, f"the server {told}", "the join string that this server printed", 77)
-    return Finding("greeting", True, f"ZMTP {greeting[10]}.{greeting[11]}, mechanism {theirs}")
+    return Finding("greeting", True, f"ZMTP {version}, mechanism {theirs}")
 
 
 def _protocol(inquiry: Inquiry, address: JoinAddress) -> Iterator[Finding]:

@@ -20,12 +20,16 @@ from ..protocol.errors import ProtocolError
 from ..protocol.frames import MAX_BUFFER, decode, encode
 from ..protocol.join import bracket, read_key
 from ..protocol.messages import Message
+from .greeting import mechanism
 
 HIGH_WATER = 1024
 TURN = 64
 _MISMATCH = 0x11000002  # ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
-_WRONG_KEY_AFTER = 3
-"""Handshakes in a row that end without a word before the server's key is taken to be another."""
+_PUZZLED_AFTER = 3
+"""Handshakes in a row that end without a word before we look for the reason."""
+_PLAIN = "speaks without keys, while the join string demands them"
+_GREETING = 1.0
+"""Seconds to wait for a greeting."""
 
 Event = Linked | Unlinked | Denied | Received | Unreadable
 
@@ -34,7 +38,7 @@ Event = Linked | Unlinked | Denied | Received | Unreadable
 class _Wire:
     socket: zmq.Socket[bytes]
     monitor: zmq.Socket[bytes]
-    keyed: bool
+    order: Open
     up: bool = False
     failures: int = 0
     waiting: deque[Message] = field(default_factory=deque)
@@ -77,7 +81,7 @@ class Wires:
             socket.curve_secretkey = self._secret
             socket.curve_publickey = zmq.curve_public(self._secret)
         monitor = socket.get_monitor_socket()
-        self._wires[order.peer] = _Wire(socket, monitor, bool(order.key))
+        self._wires[order.peer] = _Wire(socket, monitor, order)
         for one in (socket, monitor):
             self._by_socket[one] = order.peer
             self.poller.register(one, zmq.POLLIN)
@@ -145,15 +149,10 @@ class Wires:
                     yield Unlinked(peer)
                 case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                     yield Denied(peer, "does not have this join string's secret on its list of keys")
-                case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if happened["value"] == _MISMATCH and wire.keyed:
-                    yield Denied(peer, "speaks without keys, while the join string demands them")
-                case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL if happened["value"] == _MISMATCH:
-                    yield Denied(peer, "asks for keys, and the join string has none")
                 case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                     wire.failures += 1
-                    if wire.failures == _WRONG_KEY_AFTER:
-                        wrong = "holds another key than the join string says" if wire.keyed else "does not speak ZeroMQ"
-                        yield Denied(peer, wrong)
+                    if wire.failures == _PUZZLED_AFTER or happened["value"] == _MISMATCH:
+                        yield Denied(peer, _reason(wire.order))
 
     def _close(self, peer: int) -> None:
         wire = self._wires.pop(peer, None)
@@ -167,6 +166,17 @@ class Wires:
         wire.socket.close(0)
 
     def close(self) -> None:
+        """Free everything."""
         for peer in list(self._wires):
             self._close(peer)
         self.context.term()
+
+
+def _reason(order: Open) -> str:
+    """Why handshakes fail. ZeroMQ tells it by chance: the side that hangs up first leaves the other without a word."""
+    theirs, _ = mechanism(order.host, order.port, _GREETING)
+    if not theirs:
+        return "does not speak ZeroMQ"
+    if order.key:
+        return "holds another key than the join string says" if theirs == "CURVE" else _PLAIN
+    return "asks for keys, and the join string has none" if theirs == "CURVE" else "breaks off the handshake"
