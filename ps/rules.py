@@ -1,7 +1,8 @@
 """Update rules on a block, run by torch's own optimizers (SPEC §8).
 
 Rules
-- A block is one torch tensor with one optimizer, fused where torch offers it.
+- A block is one torch tensor with one optimizer, fused where torch offers it. While its numbers stay, and it is stepped as a
+  whole, torch's kernel is called directly on the optimizer's state: for a small block the way there costs ten times the update.
 - A push of part of a block must leave the rest as torch leaves a parameter whose `grad` is None: value, state and step
   count untouched. So a block begins as one segment, and is split where a push begins or ends inside one; each segment is
   a parameter of the block's optimizer, a view of the block.
@@ -45,6 +46,40 @@ def torch_settings(rule: str, numbers: dict[str, float]) -> dict[str, Any]:
     return {name: bool(value) if name in _FLAGS else value for name, value in settings.items()}
 
 
+Kernel = Callable[[torch.Tensor], None]
+"""One step of a whole block, given its gradient."""
+
+
+def _kernel(rule: str, weights: torch.Tensor, state: dict[str, Any], settings: dict[str, Any]) -> Kernel | None:
+    """What `torch.optim` calls when fused, with everything but the gradient bound; None where it is not fused.
+
+    Args:
+        state: the optimizer's, of `weights`, after a first step. settings: as `torch_settings` gives them.
+    """
+    n, w = dict(settings), [weights]
+    if rule == "sgd":
+        momenta = [state["momentum_buffer"]] if n["momentum"] else []
+        return lambda gradient: torch._fused_sgd_(w, [gradient], momenta, is_first_step=False, **n)
+    if rule not in ("adagrad", "adam", "adamw"):
+        return None
+    count = [state["step"]]
+    fused: Callable[..., Any] = torch._fused_adagrad_
+    if rule == "adagrad":
+        del n["initial_accumulator_value"]
+        lists = [[state["sum"]], count]
+    else:
+        n["beta1"], n["beta2"] = n.pop("betas")
+        fused = torch._fused_adamw_ if n.pop("decoupled_weight_decay", rule == "adamw") else torch._fused_adam_
+        largest = [state["max_exp_avg_sq"]] if n["amsgrad"] else []
+        lists = [[state["exp_avg"]], [state["exp_avg_sq"]], largest, count]
+
+    def step(gradient: torch.Tensor) -> None:
+        torch._foreach_add_(count, 1)
+        fused(w, [gradient], *lists, **n)
+
+    return step
+
+
 class Updater:
     """Applies one rule to one block.
 
@@ -58,6 +93,7 @@ class Updater:
         self._starts = [0]
         self._segments = [weights]
         self._optimizer: torch.optim.Optimizer | None = None
+        self._kernel: Kernel | None = None
         if rule.name in _TORCH:
             make, _, fixed = _TORCH[rule.name]
             self._optimizer = make([weights], **torch_settings(rule.name, rule.named()), **fixed)
@@ -80,9 +116,13 @@ class Updater:
             return
         self._set(numbers or self._rule.numbers)
         if ranges is None and len(self._segments) == 1:
+            if self._kernel is not None:
+                return self._kernel(gradient)
             self._weights.grad = gradient
             self._optimizer.step()
             self._weights.grad = None
+            settings = torch_settings(self._rule.name, self._named())
+            self._kernel = _kernel(self._rule.name, self._weights, self._optimizer.state[self._weights], settings)
             return
         for start, stop in ranges or ((0, self._weights.numel()),):
             self._split(start)
@@ -108,9 +148,11 @@ class Updater:
     def _set(self, numbers: tuple[float, ...]) -> None:
         if numbers == self._numbers or self._optimizer is None:
             return
-        named = dict(zip(RULES[self._rule.name], numbers, strict=True))
-        self._optimizer.param_groups[0].update(torch_settings(self._rule.name, named))
-        self._numbers = numbers
+        self._numbers, self._kernel = numbers, None
+        self._optimizer.param_groups[0].update(torch_settings(self._rule.name, self._named()))
+
+    def _named(self) -> dict[str, float]:
+        return dict(zip(RULES[self._rule.name], self._numbers, strict=True))
 
     def _index(self, start: int) -> int:
         return bisect_left(self._starts, start)
