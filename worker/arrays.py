@@ -9,6 +9,7 @@ Rules
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -44,10 +45,16 @@ def describe(name: str, array: Array, group: int = 0) -> Tensor:
     """
     if not is_torch(array) and not isinstance(array, np.ndarray | np.generic):
         raise ShapeError(f"{name!r} is a {type(array).__name__}", hint="a numpy array or a torch tensor")
-    dtype = str(array.dtype).removeprefix("torch.")
+    dtype = _name_of(array.dtype)
     if dtype not in ITEMSIZE:
         raise ShapeError(f"{name!r} has dtype {dtype}", hint=f"one of {', '.join(ITEMSIZE)}")
     return Tensor(name, dtype, tuple(int(size) for size in array.shape), group)
+
+
+@functools.cache
+def _name_of(dtype: Any) -> str:
+    """What a numpy or torch dtype is called on the wire. numpy takes microseconds to say it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def bits(array: Array) -> Bits:
@@ -63,7 +70,7 @@ def bits(array: Array) -> Bits:
             return tensor.view(torch.int16).numpy().view(np.uint16)  # type: ignore[no-any-return]
         return tensor.numpy()  # type: ignore[no-any-return]
     flat = np.ascontiguousarray(array).reshape(-1)
-    return flat.view(np.uint16) if str(array.dtype) == "bfloat16" else flat
+    return flat.view(np.uint16) if _name_of(array.dtype) == "bfloat16" else flat
 
 
 def write(target: Array, values: Bits) -> None:
@@ -171,6 +178,9 @@ class Gather:
         self._cache = cache
         self._flats = [np.empty(flat.elements, _NUMPY[flat.dtype]) for flat in cache.layout.flats]
         self._spans: dict[int, list[tuple[int, int]]] = {}
+        self._names: tuple[str, ...] = ()
+        self._parts: tuple[Part, ...] | None = None
+        """What `parts` said last, while it holds."""
 
     @property
     def nbytes(self) -> int:
@@ -183,6 +193,9 @@ class Gather:
             ShapeError: a name, shape or dtype is not as registered.
             NonFiniteError: with `check`, a gradient holds NaN or infinity; names the tensor.
         """
+        names = tuple(arrays)
+        if names != self._names:
+            self._names, self._parts = names, None
         self._spans = {}
         for name, array in arrays.items():
             wanted, found = self._cache.tensor(name), describe(name, array)
@@ -204,6 +217,14 @@ class Gather:
 
     def parts(self) -> tuple[Part, ...]:
         """What was put in, as messages to shards: views of the flats where a block is pushed whole or in one run."""
+        if self._parts is None:
+            parts = self._find_parts()
+            if any(part.ranges for part in parts):  # some of their buffers may be copies
+                return parts
+            self._parts = parts
+        return self._parts
+
+    def _find_parts(self) -> tuple[Part, ...]:
         by_shard: dict[int, list[tuple[Block, list[tuple[int, int]]]]] = {}
         for flat, spans in self._spans.items():
             runs = merged(spans)

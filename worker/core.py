@@ -136,7 +136,7 @@ class Core:
                 self._called(event)
         if self.phase is Phase.CLOSED:
             self.wake_at = inf
-        else:
+        elif type(event) is not calls.LogCalled:  # it travels with the next renewal
             self._pursue()
         return self._out.take()
 
