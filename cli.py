@@ -179,7 +179,9 @@ def bench() -> None:
 
 
 @bench.command()
-@click.option("--sizes", default="", metavar="BYTES,…", help="Payloads in bytes; by default 100 to 100,000,000.")
+@click.option(
+    "--sizes", default="", metavar="SIZE,…", help="Payloads, as 100, 10kB or 2.5MB; by default 100 B to 100 MB."
+)
 @click.option(
     "--repeat", default=9, show_default=True, type=click.IntRange(3), help="Runs of each; medians are printed."
 )
@@ -190,7 +192,7 @@ def pushpull(sizes: str, repeat: int, shards: int, as_json: bool) -> int:
 
     \b
     shoal bench pushpull
-    shoal bench pushpull --sizes 4000000,100000000 --json
+    shoal bench pushpull --sizes 4MB,100MB --json
     """
     from .bench.pushpull import main as measure
 

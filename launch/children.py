@@ -35,7 +35,10 @@ def lines_of(stream: IO[bytes], take: Callable[[str], None]) -> threading.Thread
     def read() -> None:
         with stream:
             while line := stream.readline(LONGEST_LINE):
-                take(line.decode("utf-8", "replace").rstrip("\n"))
+                with contextlib.suppress(
+                    Exception
+                ):  # a closed terminal must not stop the reading: the child would block or die
+                    take(line.decode("utf-8", "replace").rstrip("\n"))
 
     thread = threading.Thread(target=read, name="shoal output", daemon=True)
     thread.start()

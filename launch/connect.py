@@ -14,7 +14,7 @@ import sys
 from ..protocol.errors import ConfigError, NoServerError
 from ..protocol.join import read_join
 from ..worker.client import CONNECT_TIMEOUT, WAIT_TIMEOUT, Worker
-from .settings import JOIN, settle
+from .settings import ATTEMPT, JOIN, settle
 
 logger = logging.getLogger("shoal")
 
@@ -40,7 +40,7 @@ def connect(
     check_platform()
     found = join or settle([JOIN], {}, "worker")["join"]
     name = name or os.environ.get("SHOAL_WORKER_NAME", "")
-    attempt = int(os.environ.get("SHOAL_WORKER_ATTEMPT", "0"))
+    attempt = settle([ATTEMPT], {})["worker_attempt"]
     if found:
         return Worker(read_join(found), name=name, attempt=attempt, timeout=timeout, wait_timeout=wait_timeout)
     world = next((variable for variable in _WORLDS if os.environ.get(variable, "1") not in ("", "1")), None)

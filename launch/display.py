@@ -124,7 +124,8 @@ class Display:
             logged = "  ".join(f"{k} {number(v)}" for k, v in list(worker["logged"].items())[:4])
             ahead = str(worker["clock"] - status["min_clock"]) if worker["state"] == "live" else ""
             rate = f"{self._rates.of(worker['name']):.1f}" if worker["state"] in ("live", "idle") else ""
-            table.add_row(worker["name"], worker["state"], str(worker["clock"]), ahead, rate, logged, style=style)
+            cells = (worker["name"], worker["state"], str(worker["clock"]), ahead, rate, logged)
+            table.add_row(*map(Text, cells), style=style)  # Text: what users named is no markup
         if len(status["workers"]) > 16:
             table.add_row(f"… {len(status['workers']) - 16} more")
         servers = Text(
@@ -170,5 +171,5 @@ def closing_table(console: Console, title: str, rows: list[tuple[str, str]]) -> 
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     console.print(table)

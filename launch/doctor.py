@@ -60,11 +60,11 @@ def examine(address: JoinAddress) -> Iterator[Finding]:
 def _name(address: JoinAddress) -> Finding:
     try:
         found = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(address.host, None, type=socket.SOCK_STREAM)})
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         return Finding(
             "name",
             False,
-            f"{address.host!r} does not resolve: {error.strerror}",
+            f"{address.host!r} does not resolve: {getattr(error, 'strerror', '') or error}",
             "the server's IP address instead of its name",
         )
     return Finding("name", True, f"{address.host} is {', '.join(found)}")
@@ -86,7 +86,7 @@ def _tcp(address: JoinAddress) -> Finding:
 
 def _greeting(address: JoinAddress) -> Finding:
     theirs, version = mechanism(address.host, address.port, TIMEOUT)
-    if not theirs:
+    if not version:
         return Finding("greeting", False, "what listens there does not speak ZeroMQ", "another program has this port")
     ours = "CURVE" if address.server_key else "NULL"
     if theirs != ours:

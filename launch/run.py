@@ -50,6 +50,7 @@ class Run:
         s = self._settings
         server = {name: s[name] for name in (setting.name for setting in CLUSTER)}
         server |= {"shards": s["servers"], "port": 0, "bind": "127.0.0.1"}
+        server |= {"advertise": "127.0.0.1", "min_shards": s["servers"], "insecure": False}
         if server["min_workers"] == 1:
             server["min_workers"] = s["workers"]
         with Stopper() as stopper, Display(f"shoal run {self._script}") as display:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from .servers import Servers, is_loopback
-from .settings import SERVER, settle
+from .settings import SERVER, BadFlag, settle
 from .signals import Stopper
 
 WARN_INSECURE_EVERY = 600.0
@@ -86,8 +86,12 @@ def write_join(path: str, join: str) -> Path:
     """Write the join string whole, readable by its owner alone."""
     target = Path(path)
     fresh = target.with_name(f"{target.name}.{os.getpid()}")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(join + "\n")
-    fresh.replace(target)
+    try:
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(join + "\n")
+        fresh.replace(target)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise BadFlag(f"--join-file is {path!r}: {error.strerror}") from None
     return target

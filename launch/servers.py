@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..protocol.errors import ConfigError
-from ..protocol.join import DEFAULT_PORT, JoinAddress, key_text, read_join
+from ..protocol.join import DEFAULT_PORT, JoinAddress, is_name, key_text, read_join
 from . import keys
 from .children import ServerProcess
 
@@ -43,6 +43,8 @@ class Servers:
         self.insecure = bool(settings["insecure"]) and not local
         self._keys = None if local or self.insecure else keys.load_or_make(keys.state_dir(settings["state_dir"]))
         self._advertise = settings["advertise"] or advertised(bind)
+        if not is_name(self._advertise) or any(c.isspace() for c in self._advertise):
+            raise ConfigError(f"--advertise {self._advertise!r} is not a host")
         try:
             if join:
                 self.address = read_join(join)
@@ -93,7 +95,7 @@ class Servers:
     def _check_bind(self, bind: str) -> None:
         try:
             socket.getaddrinfo(bind, None)
-        except OSError:
+        except (OSError, UnicodeError):
             raise ConfigError(
                 f"--bind {bind}: the name does not resolve", hint="an address that `ip address` shows"
             ) from None
@@ -175,7 +177,7 @@ def is_loopback(host: str) -> bool:
     """Does every address of this name stay on this machine?"""
     try:
         found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
-    except OSError:
+    except (OSError, UnicodeError):
         return False
     return all(ipaddress.ip_address(str(address).split("%")[0]).is_loopback for address in found)
 

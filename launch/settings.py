@@ -202,6 +202,7 @@ RUN = (
     *CLUSTER,
 )
 
+ATTEMPT = Setting("worker_attempt", whole(0, 2**32 - 1), 0, "How often a supervisor has restarted this worker.", "N")
 JOIN = Setting("join", text, "", "The join string that `shoal server` printed.", "STRING")
 
 
@@ -260,7 +261,7 @@ def _toml(table: str) -> dict[str, Any]:
         return {}
     try:
         found = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{TOML} cannot be read: {error}") from None
     known = {setting.name for setting in (*SERVER, *RUN, JOIN)}
     values: dict[str, Any] = {}

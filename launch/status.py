@@ -69,5 +69,5 @@ def _table(console: Console, head: tuple[str, ...], rows: list[tuple[Any, ...]])
     if rows:
         table = Table(*head, box=None, pad_edge=False, header_style="dim")
         for row in rows:
-            table.add_row(*map(str, row))
+            table.add_row(*(Text(str(cell)) for cell in row))  # Text: what users named is no markup
         console.print(table)

@@ -20,7 +20,7 @@ from .messages import Answer, Buffer, Echo, Echoed, Fill, Message, Model, Push, 
 from .schema import Check, Malformed, checks_of
 
 VERSION = 1
-MAX_HEADER = 256 * 1024
+MAX_HEADER = 1024 * 1024
 MAX_BUFFER = 16 * 1024 * 1024 + 64 * 1024
 MAX_BUFFERS = 1026
 

@@ -16,6 +16,8 @@ from .errors import ConfigError
 
 PREFIX = "shoal1"
 DEFAULT_PORT = 7450
+MAX_NAME = 128
+"""Bytes of a worker's name, or of a host."""
 _HINT = "copy the whole line that `shoal server` printed"
 
 
@@ -102,8 +104,9 @@ def _split_host(body: str) -> tuple[str, str]:
         host, closed, rest = body[1:].partition("]")
         if not closed or (rest and not rest.startswith(":")):
             raise ConfigError(f"the address {body[:60]!r} has no closing bracket", hint=_HINT)
-        return host, rest[1:]
-    host, _, rest = body.partition(":")
+        rest = rest[1:]
+    else:
+        host, _, rest = body.partition(":")
     if not host or any(c.isspace() or c in "/@" for c in host):
         raise ConfigError(f"{host[:60]!r} is not a host", hint=_HINT)
     return host, rest
@@ -113,3 +116,8 @@ def _port(text: str) -> int:
     if text.isascii() and text.isdigit() and 0 < int(text) < 65536:
         return int(text)
     raise ConfigError(f"{text[:20]!r} is not a port", hint=_HINT)
+
+
+def is_name(text: str) -> bool:
+    """Can this be the name of a worker or a host? Names reach terminals and logs (SPEC §2.3)."""
+    return len(text.encode("utf-8", "replace")) <= MAX_NAME and text.isprintable()

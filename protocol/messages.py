@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, TypeAlias
 from .schema import (
     I64,
     U32,
+    U63,
     U64,
     Flag,
     Hyper,
@@ -52,7 +53,7 @@ class Member:
     clock: U64
 
 
-Places = Annotated[tuple[Place, ...], records(Place, 4096)]
+Places = Annotated[tuple[Place, ...], records(Place, 1024)]
 Members = Annotated[tuple[Member, ...], records(Member, 4096)]
 
 
@@ -110,7 +111,7 @@ class Renew:
     TYPE: ClassVar[int] = 12
     incarnation: U64
     epoch: U64
-    clock: U64
+    clock: U63
     entered: Flag
     stats: Numbers
     logged: Numbers
@@ -356,7 +357,7 @@ class Start:
     incarnation: U64
     shard: U64
     seq: U64
-    clock: U64
+    clock: U63
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +366,7 @@ class Push:
     incarnation: U64
     shard: U64
     seq: U64
-    clock: U64
+    clock: U63
     advance: Flag
     examples: Real
     hyper: Hyper
@@ -402,7 +403,7 @@ class Pull:
     incarnation: U64
     shard: U64
     request: U64
-    clock: U64
+    clock: U63
     after: U64
     since: U64
     blocks: Indices

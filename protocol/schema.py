@@ -86,6 +86,7 @@ def pairing(*items: Check) -> Check:
 
 
 U32 = Annotated[int, integer(0, 2**32 - 1)]
+U63 = Annotated[int, integer(0, 2**63 - 1)]
 U64 = Annotated[int, integer(0, 2**64 - 1)]
 I64 = Annotated[int, integer(-(2**63), 2**63 - 1)]
 Real = Annotated[float, _real]

@@ -21,7 +21,7 @@ class _Sum:
 
     total: torch.Tensor
     dtype: torch.dtype
-    alone: float
+    alone: float | None
     ranges: list[tuple[int, int]] | None
 
 
@@ -51,10 +51,10 @@ class StepAverage:
         if held is None:
             self._sums[block] = _Sum(gradient, gradient.dtype, examples, None if ranges is None else list(ranges))
             return
-        if held.alone:
+        if held.alone is not None:
             wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
             held.total = held.total.to(wide, copy=True).mul_(held.alone)
-            held.alone = 0.0
+            held.alone = None
         held.total.add_(gradient, alpha=examples)
         held.ranges = None if held.ranges is None or ranges is None else _union(held.ranges, ranges)
 
@@ -70,7 +70,7 @@ class StepAverage:
         for block, held in self._sums.items():
             mean = held.total
             if held.alone != self._examples:
-                scale = (held.alone or 1.0) / self._examples
+                scale = (1.0 if held.alone is None else held.alone) / self._examples
                 mean = mean * scale
             mean = mean.to(held.dtype)
             if held.ranges is not None:

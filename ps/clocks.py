@@ -45,7 +45,10 @@ class Clocks:
 
     def enter(self, incarnation: int, clock: int | None = None) -> int:
         """Count a worker in, at `min` unless a clock is given; again changes nothing. Returns `min`."""
-        self._clocks.setdefault(incarnation, self._min if clock is None else max(clock, self._min))
+        if incarnation not in self._clocks:
+            self._clocks[incarnation] = self._min if clock is None else max(clock, self._min)
+            self._highest = max(self._highest, self._clocks[incarnation])
+            self._settle()
         return self._min
 
     def reach(self, incarnation: int, clock: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..protocol.effects import Effect, Log, Peer, Received, Send, Tick, Unreadable
 from ..protocol.errors import ProtocolError
+from ..protocol.join import is_name
 from ..protocol.layout import BLOCK_BYTES, lay_out
 from ..protocol.messages import (
     Answer as AnswerMessage,
@@ -53,6 +54,7 @@ from ..protocol.messages import (
     Welcome,
 )
 from ..protocol.model import ModelSpec, read_model
+from .lobby import Lobby
 from .members import Life, Members, Refusal
 from .partitions import Answer, Partitions
 from .shards import Held, Shards
@@ -60,7 +62,8 @@ from .status import status
 
 RETRY = 1.0
 REMEMBERED_ANSWERS = 64
-MAX_PARKED_JOINS = 4096
+MAX_NAMES = 4096
+"""Names of logged values and of counters that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +133,7 @@ class Coordinator:
         self._cluster_epoch = 1
         self._answered: dict[int, OrderedDict[int, Message]] = {}
         self._parked: OrderedDict[tuple[int, int], _Parked] = OrderedDict()
-        self._joins: OrderedDict[int, tuple[Peer, Join]] = OrderedDict()
-        self._contested: dict[int, tuple[Peer, Join]] = {}
-        """Joins under a live worker's name."""
+        self._lobby = Lobby()
         self._retry_at = 0.0
         self._out: list[Effect] = []
 
@@ -169,6 +170,9 @@ class Coordinator:
     # --- shards
 
     def _shard_join(self, peer: Peer, join: ShardJoin) -> None:
+        if not is_name(join.host) or not 1 <= join.port <= 65535:
+            self.counters["rejected.malformed"] += 1
+            return
         held, changed = self.shards.join(join, peer, self.now)
         if held is None:
             return self._send(
@@ -200,9 +204,8 @@ class Coordinator:
     def _shards_changed(self) -> None:
         """A shard has come."""
         if self.shards.ready:
-            for peer, join in list(self._joins.values()):
+            for peer, join in self._lobby.waiting(self.now):
                 self._admit(peer, join)
-            self._joins.clear()
         self._choose_filler()
         self._new_epoch(cluster=True)
         self._look_again()
@@ -270,24 +273,25 @@ class Coordinator:
             life.peer = peer
             return self._send(peer, self._welcome(life))
         if not self.shards.ready:
-            if len(self._joins) < MAX_PARKED_JOINS:
-                self._joins[join.incarnation] = (peer, join)
+            self._lobby.wait(peer, join, self.now)
             self._send(peer, Waiting(0, len(self.shards), max(self.shards.fixed, self.shards.wanted), "shards"))
             return
         self._admit(peer, join)
 
     def _admit(self, peer: Peer, join: Join) -> None:
+        if not (is_name(join.name) and is_name(join.host)):
+            self.counters["rejected.malformed"] += 1
+            return self._send(peer, Refused(0, "malformed", "a name is printable and has at most 128 bytes"))
         try:
             before = self.members.holder(join)
         except Refusal as refusal:
             if refusal.code == "ended":
                 return self._send(peer, Evicted(join.incarnation))
-            if refusal.code == "name" and len(self._contested) < MAX_PARKED_JOINS:
-                self._contested[join.incarnation] = (
-                    peer,
-                    join,
-                )  # is the holder alive? Its next renewal, or its lease, will tell
-                return self._send(peer, Waiting(0, 0, 0, f"the lease of an earlier worker named {join.name!r}"))
+            if refusal.code == "name" and self._lobby.contest(
+                peer, join
+            ):  # the holder's next renewal, or its lease, will tell
+                what = f"the lease of an earlier worker named {join.name!r}"
+                return self._send(peer, Waiting(0, 0, 0, what[:256]))
             return self._send(peer, Refused(0, refusal.code, str(refusal)))
         if before is not None:
             self._end(before, "replaced", f"restarted as attempt {join.attempt}")
@@ -318,7 +322,7 @@ class Coordinator:
         if life is None:
             return
         life.renewed_at, life.entered = self.now, renew.entered
-        for peer_, _join in self._contesting(life.name):
+        for peer_, _join in self._lobby.contesting(life.name):
             text = f"a live worker on {life.host} (pid {life.pid}) is named {life.name!r} already"
             self._send(peer_, Refused(0, "name", text))
         life.clock = max(life.clock, renew.clock)
@@ -330,7 +334,8 @@ class Coordinator:
     def _note(self, life: Life, news: Renew | Leave) -> None:
         life.stats = dict(news.stats)
         life.logged = dict(news.logged)
-        self.logged.update(life.logged)
+        if len(self.logged) < MAX_NAMES:
+            self.logged.update(life.logged)
         for lease, done in news.progress:
             self.partitions.progress(life.incarnation, lease, done)
 
@@ -347,7 +352,8 @@ class Coordinator:
         self._answered.pop(life.incarnation, None)
         for key in [key for key in self._parked if key[0] == life.incarnation]:
             del self._parked[key]
-        self.totals.stats.update(life.stats)
+        if len(self.totals.stats) < MAX_NAMES:
+            self.totals.stats.update(life.stats)
         if state == "left":
             self.totals.left += 1
             self._log("info", f"worker {life.name} has left after {life.clock} clocks")
@@ -361,15 +367,8 @@ class Coordinator:
         self._new_epoch(cluster=filler != self._filler)
         self._look_again()
         if state != "replaced":
-            for peer, join in self._contesting(life.name):
+            for peer, join in list(self._lobby.contesting(life.name)):
                 self._admit(peer, join)
-
-    def _contesting(self, name: str) -> list[tuple[Peer, Join]]:
-        """The joins that wait for this name, taken off the list."""
-        found = {inc: parked for inc, parked in self._contested.items() if parked[1].name == name}
-        for incarnation in found:
-            del self._contested[incarnation]
-        return list(found.values())
 
     def _known(self, peer: Peer, incarnation: int) -> Life | None:
         life = self.members.get(incarnation)

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from math import ceil, inf
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ from .zap import Zap, secure
 HIGH_WATER = 64
 OUTBOX_BYTES = 512 * 1024 * 1024
 """Kept for one peer beyond what its socket takes; over it, everything for the peer is dropped and it must ask again."""
+OUTBOX_MESSAGES = 8192
 OUTBOX_RETRY = 0.002
 _NOT_OURS = (errno.EADDRNOTAVAIL, errno.ENODEV)
 TURN = 128
@@ -41,6 +42,8 @@ TURN = 128
 
 class Core(Protocol):
     """What the loop knows of a core."""
+
+    counters: Counter[str]
 
     @property
     def wake_at(self) -> float: ...
@@ -110,6 +113,24 @@ def tune(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
 
 
+class _Outbox:
+    """What one peer does not take at the moment."""
+
+    def __init__(self) -> None:
+        self.messages: deque[Message] = deque()
+        self._bytes = 0
+
+    def add(self, message: Message) -> None:
+        self.messages.append(message)
+        self._bytes += payload_bytes(message)
+        if self._bytes > OUTBOX_BYTES or len(self.messages) > OUTBOX_MESSAGES:
+            self.messages.clear()
+            self._bytes = 0
+
+    def sent(self) -> None:
+        self._bytes -= payload_bytes(self.messages.popleft())
+
+
 class Loop:
     """Runs one core until its parent closes standard input, or the core stops."""
 
@@ -118,7 +139,7 @@ class Loop:
         self._router = listener.socket
         self._dealer: zmq.Socket[bytes] | None = None
         self._dealer_monitor: zmq.Socket[bytes] | None = None
-        self._outboxes: dict[bytes, deque[Message]] = {}
+        self._outboxes: dict[bytes, _Outbox] = {}
         self._to_coordinator: deque[Message] = deque()
         self._control = b""
         self._stop = False
@@ -219,7 +240,15 @@ class Loop:
     # --- out
 
     def _give(self, event: Any) -> None:
-        for effect in self._core.handle(event, time.monotonic()):
+        """A fault of ours is counted and logged; it must not take everybody's weights with it."""
+        try:
+            effects = self._core.handle(event, time.monotonic())
+        except Exception as error:
+            self._core.counters["rejected.internal"] += 1
+            what = type(event.message).__name__ if isinstance(event, Received) else type(event).__name__
+            log(self._label, "error", f"handling {what} failed: {type(error).__name__}: {error}")
+            return
+        for effect in effects:
             match effect:
                 case Send(peer, message):
                     if isinstance(peer, bytes):
@@ -233,17 +262,21 @@ class Loop:
 
     def _send(self, peer: bytes, message: Message) -> None:
         waiting = self._outboxes.get(peer)
-        if waiting is not None:
-            waiting.append(message)
-            if sum(map(payload_bytes, waiting)) > OUTBOX_BYTES:
-                waiting.clear()
-        elif not self._try(peer, message):
-            self._outboxes[peer] = deque([message])
+        if waiting is None:
+            if self._try(peer, message):
+                return
+            waiting = self._outboxes[peer] = _Outbox()
+        waiting.add(message)
 
     def _try(self, peer: bytes, message: Message) -> bool:
         """False if the peer's pipe is full. A peer that is gone counts as sent."""
         try:
-            self._router.send_multipart([peer, *encode(message)], zmq.NOBLOCK, copy=False)
+            frames = encode(message)
+        except Exception as error:
+            log(self._label, "error", f"encoding {type(message).__name__} failed: {type(error).__name__}: {error}")
+            return True
+        try:
+            self._router.send_multipart([peer, *frames], zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
@@ -260,9 +293,9 @@ class Loop:
     def _flush(self) -> None:
         for peer in list(self._outboxes):
             waiting = self._outboxes[peer]
-            while waiting and self._try(peer, waiting[0]):
-                waiting.popleft()
-            if not waiting:
+            while waiting.messages and self._try(peer, waiting.messages[0]):
+                waiting.sent()
+            if not waiting.messages:
                 del self._outboxes[peer]
         self._flush_up()
 
@@ -277,8 +310,9 @@ class Loop:
 
 
 def log(label: str, level: str, text: str) -> None:
-    """One line on standard error, which the parent prefixes and prints."""
-    print(f"{level} {label}: {text}", file=sys.stderr, flush=True)  # noqa: T201 - this is the log
+    """One line on standard error, which the parent prefixes and prints. What came over the wire may hold anything."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{level} {label}: {text}")
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the log
 
 
 def _bind_problem(door: Door, error: zmq.ZMQError) -> str:

@@ -150,6 +150,11 @@ class Updater:
             return
         self._numbers, self._kernel = numbers, None
         self._optimizer.param_groups[0].update(torch_settings(self._rule.name, self._named()))
+        if (
+            self._rule.name == "rmsprop" and self._named()["momentum"]
+        ):  # torch makes this state in the first step or never
+            for segment, state in self._optimizer.state.items():
+                state.setdefault("momentum_buffer", torch.zeros_like(segment))
 
     def _named(self) -> dict[str, float]:
         return dict(zip(RULES[self._rule.name], self._numbers, strict=True))

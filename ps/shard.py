@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from itertools import count
 from math import inf
 from typing import Any
 
@@ -82,6 +83,7 @@ class Shard:
         self._view: View | None = None
         self._names: dict[int, str] = {}
         self._ranks: dict[int, int] = {}
+        self._order = count()
         self._weights: Weights | None = None
         self._clocks = Clocks()
         self._entered: set[int] = set()
@@ -156,6 +158,7 @@ class Shard:
             )
             return
         self._weights, self._shards = Weights(layout, self._index), layout.shards
+        self._settle()
         self._report()
 
     @property
@@ -168,13 +171,17 @@ class Shard:
         first, before = self._view is None, self._view
         self._view, self._epoch = view, view.epoch
         self._names = {member.incarnation: member.name for member in view.members}
-        self._ranks = {member.incarnation: rank for rank, member in enumerate(view.members)}
+        before_ranks, self._ranks = self._ranks, {}
+        for member in view.members:  # in the order of joining, comparable across views
+            rank = before_ranks.get(member.incarnation)
+            self._ranks[member.incarnation] = next(self._order) if rank is None else rank
         for gone in [known for known in {*self._inboxes, *dict(self._clocks.items())} if known not in self._names]:
             self._drop(gone)
         if first:  # a restarted shard: those who had entered hold the others until they speak (SPEC §6.1.5)
             for member in view.members:
                 if member.entered:
                     self._clocks.enter(member.incarnation, member.clock)
+                    self._entered.add(member.incarnation)
         if self._weights and not self._filled and (before is None or before.filler != view.filler):
             self._weights.restart_filling()
         self._open()
@@ -323,6 +330,8 @@ class Shard:
                 if operation.incarnation not in self._clocks:
                     self._clocks.enter(operation.incarnation, operation.clock)
                 self._clocks.reach(operation.incarnation, operation.clock)
+                self._entered.add(operation.incarnation)
+                self._open()
             case Pause():
                 self._clocks.leave(operation.incarnation)
                 if self._weights:
@@ -342,6 +351,8 @@ class Shard:
     def _push(self, push: Push) -> None:
         clock = self._clocks.get(push.incarnation)
         try:
+            if self._weights is not None:
+                self._weights.check(push)
             if push.blocks:
                 self._gradients(push, clock)
         finally:  # a refused gradient must not hold the worker's clock, and with it everybody
@@ -369,7 +380,7 @@ class Shard:
             if self._sync and self._open_step < self._clocks.min:
                 self._open_step = self._clocks.min
                 if self._weights is not None:
-                    self._weights.close_step()
+                    self._close_step(self._weights)
             moved = False
             for incarnation, inbox in self._inboxes.items():
                 if len(inbox) and self._drain(incarnation, inbox):
@@ -377,6 +388,13 @@ class Shard:
                     self._ack(incarnation)
         for incarnation in list(self._pulls):
             self._answer(incarnation)
+
+    def _close_step(self, weights: Weights) -> None:
+        try:
+            weights.close_step()
+        except Exception as error:  # as in `_drain`: the step is lost, the weights are not
+            self.counters["refused.internal"] += 1
+            self._log("error", f"averaging a step failed: {type(error).__name__}: {error}")
 
     def _pull(self, peer: Peer, pull: Pull) -> None:
         if self._known(peer, pull.incarnation, pull.shard) is None:

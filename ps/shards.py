@@ -13,7 +13,9 @@ from math import inf
 from ..protocol.effects import Peer
 from ..protocol.messages import Place, Report, ShardJoin
 
-MAX_SHARDS = 4096
+MAX_SHARDS = 1024
+REPLACED_AFTER = 2.5
+"""Seconds of silence, of a shard that reports each second, after which its address may be another's."""
 
 
 @dataclass(slots=True)
@@ -102,18 +104,20 @@ class Shards:
         if survivor and 0 <= join.index < MAX_SHARDS and self._free(join.index, join, now):
             return join.index
         room = range(self.fixed or min(max(self.wanted, len(self._held) + 1), MAX_SHARDS))
-        mine = [i for i in room if i in self._held and self._same_address(self._held[i].place, join)]
+        mine = [i for i in room if i in self._held and self._replaces(self._held[i], join, now)]
         if mine:
             return mine[0]
         return next((index for index in room if self._free(index, join, now)), None)
 
     def _free(self, index: int, join: ShardJoin, now: float) -> bool:
         held = self._held.get(index)
-        return held is None or self.is_lost(held, now) or self._same_address(held.place, join)
+        return held is None or self.is_lost(held, now) or self._replaces(held, join, now)
 
     @staticmethod
-    def _same_address(place: Place, join: ShardJoin) -> bool:
-        return (place.host, place.port) == (join.host, join.port)
+    def _replaces(held: Held, join: ShardJoin, now: float) -> bool:
+        """Has a new process bound the address of one that says nothing any more?"""
+        same = (held.place.host, held.place.port) == (join.host, join.port)
+        return same and now - held.heard_at >= REPLACED_AFTER
 
     def report(self, held: Held, report: Report, peer: Peer, now: float) -> None:
         held.peer, held.heard_at = peer, now

@@ -8,12 +8,16 @@ Rules
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .coordinator import Coordinator
     from .members import Life
+
+
+_HISTOGRAM = re.compile(r"staleness\.[0-9]{1,18}")
 
 
 def status(coordinator: Coordinator) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
                 "filled": s.filled,
                 "min_clock": s.floor,
                 "heard_seconds_ago": round(c.now - s.heard_at, 3),
-                "counters": dict(s.counters),
+                "counters": {name: plain(value) for name, value in s.counters.items()},
             }
             for s in shards
         ],
@@ -74,21 +78,26 @@ def totals_of(c: Coordinator) -> dict[str, Any]:
     for life in c.members:
         stats.update(life.stats)
     histogram = {
-        name.removeprefix("staleness."): int(count) for name, count in stats.items() if name.startswith("staleness.")
+        name.removeprefix("staleness."): whole(count) for name, count in stats.items() if _HISTOGRAM.fullmatch(name)
     }
     return {
-        "steps": int(stats["steps"]),
-        "bytes_pushed": int(stats["bytes_pushed"]),
-        "bytes_pulled": int(stats["bytes_pulled"]),
-        "retries": int(stats["retries"]),
-        "skipped": int(stats["skipped"]),
+        "steps": whole(stats["steps"]),
+        "bytes_pushed": whole(stats["bytes_pushed"]),
+        "bytes_pulled": whole(stats["bytes_pulled"]),
+        "retries": whole(stats["retries"]),
+        "skipped": whole(stats["skipped"]),
         "staleness": dict(sorted(histogram.items(), key=lambda item: int(item[0]))),
         "seconds": {
-            n.removeprefix("seconds."): round(v, 4) for n, v in sorted(stats.items()) if n.startswith("seconds.")
+            n.removeprefix("seconds."): plain(round(v, 4)) for n, v in sorted(stats.items()) if n.startswith("seconds.")
         },
         "workers_lost": c.totals.lost,
         "workers_left": c.totals.left,
     }
+
+
+def whole(value: float) -> int:
+    """A count off the wire, where a NaN may travel."""
+    return int(value) if math.isfinite(value) else 0
 
 
 def plain(value: float) -> float | str | None:
@@ -140,5 +149,5 @@ def _rejected(c: Coordinator) -> dict[str, int]:
         for name, value in counters.items():
             kind, _, reason = name.partition(".")
             if kind in ("rejected", "refused"):
-                found[reason] += int(value)
+                found[reason] += whole(value)
     return dict(found)

@@ -8,6 +8,7 @@ Rules
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import torch
@@ -85,6 +86,10 @@ class Weights:
     def contribute(self, last: Push, rank: int) -> None:
         """A worker has finished the open step with `last`. `rank` is its place in the order of joining."""
         collected = self._collected.pop(last.incarnation, [])
+        try:
+            self.check(last)
+        except Misfit:  # it was refused: it adds nothing and weighs nothing
+            return
         if last.examples > 0:
             for push in collected:
                 for u in self._checked(push):
@@ -100,12 +105,24 @@ class Weights:
             self.store.apply(block, mean, ranges, numbers, 1)
         self.updates += 1
 
-    def _checked(self, push: Push) -> list[_Update]:
+    def check(self, push: Push) -> None:
+        """
+        Raises:
+            Misfit: its examples or its hyperparameters cannot be, whatever else it holds.
+        """
         rules = self.layout.spec.groups
-        if not self.filled:
-            raise Misfit("unfilled", "this shard has no weights yet; the update is lost")
+        if not 0 <= push.examples < inf:
+            raise Misfit("shape", f"a gradient over {push.examples} examples")
         if push.hyper and len(push.hyper) != len(rules):
             raise Misfit("shape", f"hyperparameters for {len(push.hyper)} groups of {len(rules)}")
+        for rule, numbers in zip(rules, push.hyper, strict=False):
+            if numbers and not rule.accepts(numbers):
+                raise Misfit("shape", f"hyperparameters {numbers} do not fit {rule.name}")
+
+    def _checked(self, push: Push) -> list[_Update]:
+        if not self.filled:
+            raise Misfit("unfilled", "this shard has no weights yet; the update is lost")
+        self.check(push)
         if any(a >= b for a, b in zip(push.blocks, push.blocks[1:], strict=False)):
             raise Misfit("shape", "blocks are not ascending")
         found = []
@@ -113,10 +130,7 @@ class Weights:
             if ranges is not None:
                 self.store.check_ranges(block, ranges)
             gradient = self.store.tensor(block, payload, ranges)
-            rule = rules[self.store.group(block)]
             numbers = push.hyper[self.store.group(block)] if push.hyper else ()
-            if numbers and not rule.accepts(numbers):
-                raise Misfit("shape", f"hyperparameters {numbers} do not fit {rule.name}")
             found.append(_Update(block, gradient, ranges, numbers))
         return found
 

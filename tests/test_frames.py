@@ -39,6 +39,7 @@ def several(item: st.SearchStrategy[Any], most: int = 4) -> st.SearchStrategy[An
 
 OF_KIND: dict[Any, st.SearchStrategy[Any]] = {
     schema.U32: u32,
+    schema.U63: st.integers(0, 2**63 - 1),
     schema.U64: u64,
     schema.I64: st.integers(-(2**63), 2**63 - 1),
     schema.Real: real,
@@ -333,7 +334,7 @@ def spec_rows() -> dict[str, tuple[int, list[str], bool]]:
 
 def test_the_specification_lists_these_messages() -> None:
     """SPEC §7 and the code agree on every message's number, its fields in order, their kinds, and whether it has buffers."""
-    kinds = {"inc": schema.U64, "u32": schema.U32, "u64": schema.U64, "i64": schema.I64}
+    kinds = {"inc": schema.U64, "u32": schema.U32, "u63": schema.U63, "u64": schema.U64, "i64": schema.I64}
     kinds |= {"f": schema.Real, "flag": schema.Flag, "[u32]": schema.Indices}
     rows_ = spec_rows()
 
@@ -354,7 +355,7 @@ def test_limits_are_those_of_the_specification() -> None:
     """SPEC §2.3 and the code agree on the limits of frames."""
     text_ = (Path(frames.__file__).parent / "SPEC.md").read_text()
 
-    assert f"| header frame | {MAX_HEADER // 1024} KiB |" in text_
+    assert f"| header frame | {MAX_HEADER // 1024:,} KiB |" in text_
     assert f"| buffer frames in a message | {MAX_BUFFERS:,} |" in text_
     assert 16 * 1024 * 1024 + 64 * 1024 == MAX_BUFFER
     assert "| buffer frame | 16 MiB + 64 KiB" in text_

@@ -29,7 +29,7 @@ from ..protocol.errors import (
     ShoalError,
     WaitTimeout,
 )
-from ..protocol.join import JoinAddress, key_text
+from ..protocol.join import MAX_NAME, JoinAddress, is_name, key_text
 from ..protocol.messages import Place
 from ..protocol.model import ModelSpec, Tensor
 from ..protocol.rules import Rule
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 60.0
 WAIT_TIMEOUT = 600.0
 CLOSE_TIMEOUT = 10.0
+MOST_LOGGED = 256
 MOST_IN_FLIGHT = 256 * 1024 * 1024
 """Bytes pushed and not acknowledged over which `push` waits for the oldest."""
 
@@ -78,7 +79,7 @@ class Worker:
         wait_timeout: float = WAIT_TIMEOUT,
     ) -> None:
         host = socket.gethostname()
-        self.name = name or f"{host}-{os.getpid()}-{os.urandom(2).hex()}"
+        self.name = _checked_name(name) or f"{host[:64]}-{os.getpid()}-{os.urandom(2).hex()}"
         self._check_resolves(address)
         key = key_text(address.server_key) if address.server_key else ""
         who = (self.name, attempt, host, os.getpid())
@@ -87,10 +88,13 @@ class Worker:
         self._cache: Cache | None = None
         self._cache_lock = threading.Lock()
         self._templates: dict[str, Template] = {}
+        self._gather_lock = threading.Lock()
+        self._fetch_lock = threading.Lock()
         self._gathers: deque[tuple[Ticket, Gather]] = deque()
         self._examples = 0.0
         self._step_examples: list[float] = []
         self._jobs = 0
+        self._logged: set[str] = set()
         self._refreshers: list[Callable[[], None]] = []
         self._last_push: Ticket | None = None
         self._on_exit: Callable[[], None] | None = None
@@ -104,9 +108,9 @@ class Worker:
     def _check_resolves(self, address: JoinAddress) -> None:
         try:
             socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise NoServerError(
-                f"the name {address.host!r} does not resolve: {error.strerror or error}",
+                f"the name {address.host!r} does not resolve: {getattr(error, 'strerror', '') or error}",
                 cause="a typing mistake, or a name that only the server's network knows",
                 hint="the server's IP address instead",
             ) from None
@@ -227,16 +231,21 @@ class Worker:
         return found
 
     def _fetch(self, cache: Cache, names: Iterable[str] | None, timeout: float | None) -> None:
-        """Bring the cache up to date."""
+        """Bring the cache up to date. One pull at a time: an older answer must not overwrite a newer one."""
         self._be_counted_in(timeout)
         started = time.perf_counter()
-        ticket = self._loop.call(calls.PullCalled, cache.shards(names), dict(cache.held))
-        pulled: calls.Pulled = self._result(ticket, timeout)
-        waited = time.perf_counter()
-        with self._cache_lock:
-            cache.load(pulled.blocks)
-            if names is None:
-                cache.held.update(pulled.versions)
+        if not self._fetch_lock.acquire(timeout=self._loop.patience(timeout)):
+            raise WaitTimeout("another thread's pull is not done", hint="a longer timeout")
+        try:
+            ticket = self._loop.call(calls.PullCalled, cache.shards(names), dict(cache.held))
+            pulled: calls.Pulled = self._result(ticket, timeout)
+            waited = time.perf_counter()
+            with self._cache_lock:
+                cache.load(pulled.blocks)
+                if names is None:
+                    cache.held.update(pulled.versions)
+        finally:
+            self._fetch_lock.release()
         stats = self._core.stats
         stats.seconds["pull"] += waited - started
         stats.seconds["apply"] += time.perf_counter() - waited
@@ -284,7 +293,8 @@ class Worker:
         cache = self._registered()
         started = time.perf_counter()
         self._be_counted_in(timeout)
-        gather = self._gather(cache, timeout)
+        with self._gather_lock:
+            gather = self._gather(cache, timeout)
         skip = self._core.welcome is not None and self._core.welcome.nonfinite == "skip"
         weight = self._step_weight(examples)
         try:
@@ -310,12 +320,14 @@ class Worker:
 
     def _gather(self, cache: Cache, timeout: float | None) -> Gather:
         """Flat vectors that no unacknowledged push needs; waits if too much is under way."""
-        in_flight = [gather.nbytes for ticket, gather in self._gathers if not ticket.over]
+        in_flight = [gather.nbytes for ticket, gather in list(self._gathers) if not ticket.over]
         if len(in_flight) >= 2 and sum(in_flight) > MOST_IN_FLIGHT:
             with contextlib.suppress(ShoalError):  # the ticket's owner is told
                 self._loop.wait(self._gathers[0][0], timeout)
-        if self._gathers and self._gathers[0][0].over:
-            return self._gathers.popleft()[1]
+        while self._gathers and self._gathers[0][0].over:
+            ticket, gather = self._gathers.popleft()
+            if not ticket.failed:  # what failed may wait in a stream, to be sent when the shard is back
+                return gather
         return Gather(cache)
 
     def _step_weight(self, examples: float | None) -> float:
@@ -435,11 +447,18 @@ class Worker:
             numbers = {name: float(value) for name, value in values.items()}
         except (TypeError, ValueError) as error:
             raise ConfigError(f"log takes numbers: {error}") from None
+        for name in numbers.keys() - self._logged:
+            if len(self._logged) >= MOST_LOGGED or len(name) > MAX_NAME or not name.isprintable():
+                raise ConfigError(
+                    f"log takes at most {MOST_LOGGED} printable names of {MAX_NAME} characters, not also {name!r:.80}",
+                    hint="a fixed name whose value changes: worker.log(loss=…)",
+                )
+            self._logged.add(name)
         self._loop.tell(calls.LogCalled(numbers))
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until everything pushed so far is acknowledged, or has failed."""
-        for ticket in [ticket for ticket, _ in self._gathers] + ([self._last_push] if self._last_push else []):
+        for ticket in [ticket for ticket, _ in list(self._gathers)] + ([self._last_push] if self._last_push else []):
             self._loop.wait(ticket, timeout)
 
     def close(self) -> None:
@@ -484,6 +503,12 @@ def _names(names: str | Iterable[str] | None, out: Mapping[str, Array] | None, k
     if out is not None and set(wanted) - set(out):
         raise ShapeError(f"out has no {sorted(set(wanted) - set(out))[0]!r}")
     return wanted
+
+
+def _checked_name(name: str) -> str:
+    if not isinstance(name, str) or not is_name(name):
+        raise ConfigError(f"a worker's name is a printable text of at most {MAX_NAME} bytes, not {name!r:.80}")
+    return name
 
 
 def _check_out(wanted: Tensor, found: Tensor) -> None:

@@ -9,7 +9,7 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from enum import Enum
 from math import inf
@@ -243,15 +243,26 @@ class Core:
                 self._run = message.run
                 self.phase, self.welcome, self._epoch = Phase.JOINED, message, message.epoch
                 self._renew_at, self._waiting = self._now + self._renew_every, None
+                self._check_keys(message.shards)
                 self.fleet.joined(message.epoch, message.shards, self._now)
             case Renewed():
                 self._confirmed = self._snapshot
             case Cluster() if message.epoch >= self._epoch and self.phase is Phase.JOINED:
                 self._epoch = message.epoch
+                self._check_keys(message.shards)
                 self.fleet.place(message.shards, self._now)
                 self.fleet.fill(message.fill, message.epoch)
             case Registered() | Declared() | Leased() | Exhausted() | Completed() | Left():
                 self._answered(message)
+
+    def _check_keys(self, places: Iterable[Place]) -> None:
+        """Where the coordinator has keys, every shard has (SPEC §10.3): nothing is sent in the clear because somebody said so."""
+        bare = next((place for place in places if self._place.key and not place.key), None)
+        if bare is not None:
+            where = f"{bracket(bare.host)}:{bare.port}"
+            self._fail_session(
+                AuthError(f"shard {bare.index} at {where} has no key, while the cluster has", hint="shoal status")
+            )
 
     def _told_to_wait(self, message: Waiting) -> None:
         ask = self._desk.get(message.request)

@@ -22,6 +22,7 @@ from .calls import Lease
 if TYPE_CHECKING:
     from .client import Worker
 
+MAX_NAME = 128
 PARTITIONS = 32
 """Partitions that an epoch is cut into unless the caller says otherwise."""
 
@@ -48,8 +49,12 @@ class Partition:
             ("epochs", epochs),
             ("partition_size", 1 if size is None else size),
         ):
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{what} is {value!r}, not a positive whole number")
+            if not isinstance(value, int) or not 1 <= value < 2**32:
+                raise ConfigError(f"{what} is {value!r}, not a whole number from 1 to 4294967295")
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ConfigError(f"seed is {seed!r}, not a whole number from 0 to 2**63 - 1")
+        if len(name) > MAX_NAME:
+            raise ConfigError(f"the name of a data set has at most {MAX_NAME} characters")
         self._length, self._take = _reader(data)
         if size is None:
             size = max(1, -(-self._length // (PARTITIONS * batch_size))) * batch_size

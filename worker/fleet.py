@@ -173,6 +173,8 @@ class Fleet:
             self._stats.examples += call.examples
 
     def pull(self, call: PullCalled, now: float) -> None:
+        if not call.blocks:  # of nothing
+            return self._out.resolve(call.ticket, Pulled({}, {}, self._stats.clock, self._stats.min_clock))
         self._pulls[call.ticket] = _Pulling(call, now, now + WARN_EVERY)
 
     def pause(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 
+NOT_ZMTP = "?"
 _SIZE = 64
 
 
@@ -19,8 +20,8 @@ def mechanism(host: str, port: int, seconds: float) -> tuple[str, str]:
         seconds: for connecting, and for each wait after.
 
     Returns:
-        The security mechanism (`"NULL"`, `"CURVE"`) and the version of ZMTP (`"3.1"`); two empty strings if what listens there
-        does not speak ZeroMQ, or nothing answers.
+        The security mechanism (`"NULL"`, `"CURVE"`) and the version of ZMTP (`"3.1"`). `NOT_ZMTP` and nothing if what listens
+        there says something else; two empty strings if it says nothing, or cannot be reached.
     """
     theirs = b""
     try:
@@ -32,5 +33,5 @@ def mechanism(host: str, port: int, seconds: float) -> tuple[str, str]:
     except OSError:
         pass
     if len(theirs) < 32 or theirs[0] != 0xFF or theirs[9] != 0x7F:
-        return "", ""
+        return (NOT_ZMTP if theirs else ""), ""
     return theirs[12:32].rstrip(b"\0").decode("ascii", "replace"), f"{theirs[10]}.{theirs[11]}"

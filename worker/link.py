@@ -92,6 +92,7 @@ class Link:
         """The read as a message to the shard's incarnation of now."""
         read = self.reads[request]
         if read.shard != self.shard:
+            read.parts.clear()
             read.shard, read.after = self.shard, self.outbox.last
         read.sent_at = now
         since = read.held[1] if read.held[0] == self.shard else 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 import weakref
@@ -28,6 +29,8 @@ logger = logging.getLogger("shoal")
 
 NAP = 0.005
 """Seconds between looks of the background thread while answers are outstanding and nobody drives."""
+_CTRL_C = {signal.SIGINT}
+_MAIN = threading.main_thread().ident
 SLICE = 0.2
 """The longest single poll: Ctrl-C and other callers are seen at least so often."""
 
@@ -62,6 +65,11 @@ class Ticket:
         if not self.over:
             self._loop.glance()
         return self.over
+
+    @property
+    def failed(self) -> bool:
+        """Has it ended in an error?"""
+        return self._error is not None
 
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the end.
@@ -115,8 +123,10 @@ class Loop:
         self._alarm = threading.Event()
         self._dozing = False
         self._broken: BaseException | None = None
-        self._closed = False
+        self._closed = self._close_wanted = False
         self._pid = os.getpid()
+        self._finalizer = weakref.finalize(self, _free, self._wires, (self._wake_in, self._wake_out), self._pid)
+        self._finalizer.atexit = False
         self._thread = threading.Thread(target=_background, args=(weakref.ref(self),), name="shoal", daemon=True)
         self._thread.start()
 
@@ -127,6 +137,7 @@ class Loop:
         self._check()
         self._take()
         try:
+            self._check()
             self._last_ticket += 1
             ticket = Ticket(self, self._last_ticket)
             self._tickets[ticket.number] = ticket
@@ -148,6 +159,10 @@ class Loop:
         if self._dozing:
             self._alarm.set()
 
+    def patience(self, timeout: float | None) -> float:
+        """Seconds that a call may wait, given what its caller said."""
+        return self._wait_timeout if timeout is None else timeout
+
     def wait(self, ticket: Ticket, timeout: float | None) -> None:
         """Drive until a ticket has ended.
 
@@ -157,18 +172,20 @@ class Loop:
         if ticket.over:
             return
         self._check()
-        deadline = time.monotonic() + (self._wait_timeout if timeout is None else timeout)
+        deadline = time.monotonic() + self.patience(timeout)
         while not ticket.over:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise self._timed_out(self._wait_timeout if timeout is None else timeout)
+                raise self._timed_out(self.patience(timeout))
             if not self._take_or_wait(ticket, min(left, SLICE)):
                 continue
             try:
-                while not ticket.over and time.monotonic() < deadline and self._queue == 0:
+                while not (ticket.over or self._queue or self._close_wanted) and time.monotonic() < deadline:
                     self._turn(min(deadline - time.monotonic(), SLICE))
             finally:
                 self._release()
+                if self._close_wanted:
+                    self.close()
             self._check()
 
     def _timed_out(self, seconds: float) -> Exception:
@@ -188,8 +205,14 @@ class Loop:
             self._release()
 
     def close(self) -> None:
-        """Free everything. The core should have said goodbye before."""
+        """Free everything. The core should have said goodbye before.
+
+        In a signal handler that has interrupted a wait of this thread's, the wait frees it when it goes on.
+        """
         if self._closed or self._pid != os.getpid():
+            return
+        if self._driver == threading.get_ident():
+            self._close_wanted = True
             return
         self._closed = True
         self._alarm.set()
@@ -198,10 +221,9 @@ class Loop:
             self._thread.join(timeout=5.0)
         self._take()
         try:
-            self._wires.poller.unregister(self._wake_in)
-            self._wires.close()
-            os.close(self._wake_in)
-            os.close(self._wake_out)
+            with self._gate:
+                self._wake_out = -1
+            self._finalizer()
             for ticket in list(self._tickets.values()):
                 ticket._end(None, ShoalError("this worker was closed"))
                 ticket._seen = True
@@ -236,6 +258,8 @@ class Loop:
     def _take(self) -> None:
         """Become the driver; a thread that drives now is asked to stop."""
         me = threading.get_ident()
+        if self._driver == me:
+            raise ShoalError("a signal handler has called the worker whose wait it interrupts")
         with self._gate:
             if self._driver:
                 self._queue += 1
@@ -275,10 +299,11 @@ class Loop:
 
     def _poke(self) -> None:
         """Interrupt the poll of whoever drives."""
-        try:
-            os.write(self._wake_out, b"!")
-        except (BlockingIOError, OSError):
-            pass
+        if self._wake_out >= 0:
+            try:
+                os.write(self._wake_out, b"!")
+            except BlockingIOError:  # it is awake
+                pass
 
     # --- driving
 
@@ -297,6 +322,7 @@ class Loop:
 
     def _give(self, event: Any) -> None:
         whole = False
+        shielded = threading.get_ident() == _MAIN and not signal.pthread_sigmask(signal.SIG_BLOCK, _CTRL_C) & _CTRL_C
         try:
             for effect in self._core.handle(event, time.monotonic()):
                 self._perform(effect)
@@ -305,8 +331,12 @@ class Loop:
             self._break(error)
             raise
         finally:
-            if not whole and self._broken is None:  # Ctrl-C in the middle: the core may be in two minds
+            if (
+                not whole and self._broken is None
+            ):  # Ctrl-C in the middle, through another thread: the core may be in two minds
                 self._break(KeyboardInterrupt("interrupted"))
+            if shielded:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _CTRL_C)
 
     def _break(self, error: BaseException) -> None:
         self._broken = error
@@ -366,6 +396,7 @@ class Loop:
 
 def _background(ref: weakref.ref[Loop]) -> None:
     """The quiet thread. It holds the loop only while it works, so that a forgotten worker can be collected."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _CTRL_C)
     while True:
         loop = ref()
         if loop is None:
@@ -390,6 +421,16 @@ def _background(ref: weakref.ref[Loop]) -> None:
             logger.exception("the background thread of a worker has failed")
             return
         del loop
+
+
+def _free(wires: Wires, pipe: tuple[int, int], pid: int) -> None:
+    """What a loop holds of the operating system's. Also when it was forgotten: ZeroMQ waits for ever for an open socket."""
+    if os.getpid() != pid:
+        return
+    wires.poller.unregister(pipe[0])
+    wires.close()
+    for fd in pipe:
+        os.close(fd)
 
 
 def _drain(fd: int) -> None:

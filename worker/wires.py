@@ -20,7 +20,7 @@ from ..protocol.errors import ProtocolError
 from ..protocol.frames import MAX_BUFFER, decode, encode
 from ..protocol.join import bracket, read_key
 from ..protocol.messages import Message
-from .greeting import mechanism
+from .greeting import NOT_ZMTP, mechanism
 
 HIGH_WATER = 1024
 TURN = 64
@@ -40,6 +40,8 @@ class _Wire:
     monitor: zmq.Socket[bytes]
     order: Open
     up: bool = False
+    known: bool = False
+    """Was it ever up? Then its keys are right."""
     failures: int = 0
     waiting: deque[Message] = field(default_factory=deque)
 
@@ -141,7 +143,8 @@ class Wires:
             happened = recv_monitor_message(wire.monitor)
             match happened["event"]:
                 case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    wire.up, wire.failures = True, 0
+                    wire.up = wire.known = True
+                    wire.failures = 0
                     yield Linked(peer)
                 case zmq.EVENT_DISCONNECTED if wire.up:
                     wire.up = False
@@ -151,8 +154,10 @@ class Wires:
                     yield Denied(peer, "does not have this join string's secret on its list of keys")
                 case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                     wire.failures += 1
-                    if wire.failures == _PUZZLED_AFTER or happened["value"] == _MISMATCH:
-                        yield Denied(peer, _reason(wire.order))
+                    if wire.failures % _PUZZLED_AFTER == 0 or happened["value"] == _MISMATCH:
+                        why = _reason(wire.order, wire.known)
+                        if why:
+                            yield Denied(peer, why)
 
     def _close(self, peer: int) -> None:
         wire = self._wires.pop(peer, None)
@@ -172,11 +177,16 @@ class Wires:
         self.context.term()
 
 
-def _reason(order: Open) -> str:
-    """Why handshakes fail. ZeroMQ tells it by chance: the side that hangs up first leaves the other without a word."""
+def _reason(order: Open, known: bool) -> str:
+    """Why handshakes fail; "" if it is not for good (a server that is stopped or busy, a proxy whose server is down).
+
+    ZeroMQ tells it by chance: the side that hangs up first leaves the other without a word.
+    """
     theirs, _ = mechanism(order.host, order.port, _GREETING)
-    if not theirs:
+    if theirs == NOT_ZMTP and not known:
         return "does not speak ZeroMQ"
-    if order.key:
-        return "holds another key than the join string says" if theirs == "CURVE" else _PLAIN
-    return "asks for keys, and the join string has none" if theirs == "CURVE" else "breaks off the handshake"
+    if theirs == "CURVE" and not order.key:
+        return "asks for keys, and the join string has none"
+    if theirs == "CURVE" and not known:
+        return "holds another key than the join string says"
+    return _PLAIN if theirs == "NULL" and order.key else ""
