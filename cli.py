@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import click
 
@@ -20,13 +21,15 @@ from .launch.settings import JOIN, RUN, SERVER, BadFlag, Setting, settle
 from .protocol.errors import AuthError, ConfigError, NoServerError, ServerLost, ShoalError, VersionError, WaitTimeout
 from .protocol.join import read_join
 
+Command: TypeAlias = Callable[..., int]
+
 USAGE, NO_INPUT, UNAVAILABLE, SOFTWARE, CANT_CREATE, PROTOCOL, NO_PERMISSION, CONFIG = 64, 66, 69, 70, 73, 76, 77, 78
 
 
-def options(settings: tuple[Setting, ...], short: dict[str, str] | None = None) -> Any:
+def options(settings: tuple[Setting, ...], short: dict[str, str] | None = None) -> Callable[[Command], Command]:
     """A flag for each setting. Values are read by `settle`, which knows the other places that they may come from."""
 
-    def decorate(function: Any) -> Any:
+    def decorate(function: Command) -> Command:
         for setting in reversed(settings):
             names = [setting.option, *((short or {}).get(setting.name, "").split())]
             default = f"{setting.default:g}" if isinstance(setting.default, float) else setting.default

@@ -123,6 +123,10 @@ def test_a_script_that_prints_faster_waits(clock: Time, monkeypatch: pytest.Monk
     """Lines are kept up to a number, then whoever prints waits until they are shown, or the display ends; all come, in order."""
     monkeypatch.setattr(display, "MOST_LINES", 10)
     with Shown(live=True) as shown:
+        wait_for = shown._room.wait_for
+        monkeypatch.setattr(
+            shown._room, "wait_for", lambda ready, timeout: wait_for(ready, 100.0)
+        )  # be told, or never know
         thread = threading.Thread(target=lambda: [shown.write(f"line {number}") for number in range(35)])
         thread.start()
         while thread.is_alive():
