@@ -1,0 +1,171 @@
+"""The checkers of the simulation are worth something: each notices the fault that it is there for.
+
+Rules
+- A fault is one subclass of a real core. The checker of that guarantee must complain within `ENOUGH` schedules, and the sound
+  cores must pass the very schedule in which it did.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from history import Violation, check_coverage, check_once, check_release, check_staleness
+from simapp import Cluster, Job
+from test_simulation import judge, play
+
+from shoal.protocol.effects import Effect, Received
+from shoal.protocol.messages import Pull, Push
+from shoal.ps.coordinator import Coordinator
+from shoal.ps.shard import Shard
+from shoal.ps.weights import Weights
+
+ENOUGH = 25
+
+
+class OneTooFar(Shard):
+    """The bound is off by one."""
+
+    def _within(self, incarnation: int, clock: int) -> bool:
+        return super()._within(incarnation, clock - 1)
+
+
+class Hasty(Shard):
+    """A pull does not wait for the reader's own pushes."""
+
+    def handle(self, event: Any, now: float) -> list[Effect]:
+        if isinstance(event, Received) and isinstance(event.message, Pull):
+            event = Received(event.peer, replace(event.message, after=0))
+        return super().handle(event, now)
+
+
+class Forgetful(Shard):
+    """A push that comes again is applied again."""
+
+    def handle(self, event: Any, now: float) -> list[Effect]:
+        again = False
+        if isinstance(event, Received) and isinstance(event.message, Push):
+            inbox = self._inboxes.get(event.message.incarnation)
+            again = inbox is not None and event.message.seq <= inbox.applied and event.message.shard == self.incarnation
+        effects = super().handle(event, now)
+        if again and self._weights is not None and self._weights.filled:
+            self._weights.apply(event.message, 1)
+        return effects
+
+
+class Careless(Shard):
+    """Now and then a push is acknowledged and not applied."""
+
+    def _gradients(self, push: Push, clock: int | None) -> None:
+        if push.seq % 5:
+            super()._gradients(push, clock)
+
+
+class Unweighted(Shard):
+    """The average does not look at the examples."""
+
+    def _push(self, push: Push) -> None:
+        super()._push(replace(push, examples=1.0))
+
+
+class Twice(Shard):
+    """A step is applied twice."""
+
+    def _close_step(self, weights: Weights) -> None:
+        average = weights._average
+        super()._close_step(weights)
+        weights._average = average
+        super()._close_step(weights)
+
+
+class Negligent(Coordinator):
+    """What a dead worker held counts as done instead of being leased again."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        end = self.partitions.end
+
+        def finish(incarnation: int) -> None:
+            for job in self.partitions.jobs.values():
+                for lease, held in list(job.leased.items()):
+                    if held.incarnation == incarnation:
+                        self.partitions.complete(incarnation, lease, held.stop - held.start)
+            end(incarnation)
+
+        self.partitions.end = finish  # type: ignore[method-assign]
+
+
+class Patient(Coordinator):
+    """The dead are evicted three leases late."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.members._lease *= 4
+
+
+def staleness(cluster: Cluster) -> None:
+    check_staleness(cluster.history)
+
+
+def once(cluster: Cluster) -> None:
+    check_once(cluster.history, cluster.final_values())
+
+
+def coverage(cluster: Cluster) -> None:
+    check_coverage(cluster.history, cluster.job.length, cluster.job.epochs)
+
+
+UNEVEN = Job(length=30, batch=4, size=4, epochs=2)
+FAULTS: dict[str, tuple[dict[str, Any], Callable[[Cluster], None], str]] = {
+    "one too far": ({"make_shard": OneTooFar, "mode": "async", "staleness": 1.0}, staleness, r"lacks update|while w\d"),
+    "one too far in sync": ({"make_shard": OneTooFar, "mode": "sync"}, staleness, r"lacks|while w\d"),
+    "own updates missing": ({"make_shard": Hasty, "mode": "async"}, staleness, "lacks the reader's own"),
+    "no deduplication": ({"make_shard": Forgetful, "mode": "async"}, once, "was applied [2-9] times"),
+    "acknowledged, not applied": ({"make_shard": Careless, "mode": "async"}, once, "acknowledged and is not there"),
+    "not in the average": ({"make_shard": Careless, "mode": "sync"}, once, "is not in any average"),
+    "examples ignored": ({"make_shard": Unweighted, "mode": "sync", "job": UNEVEN}, once, r"weighs"),
+    "a step twice": ({"make_shard": Twice, "mode": "sync"}, once, "weighs"),
+    "data of the dead": ({"make_coordinator": Negligent}, coverage, "completed by nobody"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_noticed(fault: str) -> None:
+    """By the checker of the guarantee that it breaks; the sound cores pass the same schedule."""
+    overrides, check, complaint = FAULTS[fault]
+    sound = {name: value for name, value in overrides.items() if not name.startswith("make_")}
+    noticed = {seed: said for seed in range(ENOUGH) if (said := verdict(seed, overrides, check))}
+    assert len(noticed) >= 3, f"{ENOUGH} schedules, and {len(noticed)} noticed"
+    for seed, said in list(noticed.items())[:3]:
+        assert re.search(complaint, said), said
+        judge(play(seed, **sound))
+
+
+def verdict(seed: int, overrides: dict[str, Any], check: Callable[[Cluster], None]) -> str:
+    """What the checker says of this schedule; "" if it has no complaint."""
+    broken = play(seed, **overrides)
+    broken.run(120.0)
+    try:
+        check(broken)
+    except Violation as violation:
+        return str(violation)
+    return ""
+
+
+@pytest.mark.parametrize(("coordinator", "noticed"), [(Coordinator, False), (Patient, True)])
+def test_a_late_eviction_is_noticed(coordinator: type[Coordinator], noticed: bool) -> None:
+    """Guarantee 5: with an eviction in time nobody complains, with a late one the checker does."""
+    cluster = Cluster(
+        7, workers=3, shards=2, staleness=0.0, job=Job(800, 4, 8, 1), min_workers=3, make_coordinator=coordinator
+    )
+    cluster.sim.at(0.5, lambda: cluster.crash_worker("w0"))
+    assert cluster.run()
+
+    if noticed:
+        with pytest.raises(Violation, match="waited"):
+            check_release(cluster.history, cluster.lease + 1.0)
+    else:
+        check_release(cluster.history, cluster.lease + 1.0)
