@@ -150,6 +150,16 @@ def test_wrong_keys_end_everything(at: Session) -> None:
     }
 
 
+def test_a_shard_without_a_key_is_not_spoken_to(at: Session) -> None:
+    """Where the coordinator has keys every shard has (SPEC §10.3): one that is said to have none gets no word in the clear."""
+    at.core = Core(m.Place(0, 0, "boss", 7450, "key"), ("me", 0, "here", 5), lambda: 1)
+    ticket = at.open()
+    at.welcome()
+
+    assert "shard 0 at host:1000 has no key, while the cluster has" in str(at.ended[ticket])
+    assert [] == at.event(Linked(0)) + at.after(5)
+
+
 @pytest.mark.parametrize(("peer", "where"), [(COORDINATOR, "boss:7450"), (0, "host:1000")])
 def test_another_version(at: Session, peer: int, where: str) -> None:
     """A server of another version is named, and what to do (SPEC §2.4)."""

@@ -232,7 +232,6 @@ class Worker:
 
     def _fetch(self, cache: Cache, names: Iterable[str] | None, timeout: float | None) -> None:
         """Bring the cache up to date. One pull at a time: an older answer must not overwrite a newer one."""
-        self._be_counted_in(timeout)
         started = time.perf_counter()
         if not self._fetch_lock.acquire(timeout=self._loop.patience(timeout)):
             raise WaitTimeout("another thread's pull is not done", hint="a longer timeout")
@@ -357,8 +356,8 @@ class Worker:
         return self._cache
 
     def _be_counted_in(self, timeout: float | None) -> None:
-        """After a rest, enter the clocks again."""
-        if self._cache is not None and not self._core.fleet.active:
+        """After a rest, or another life, be in the clocks again before anything is pushed: it would be lost."""
+        if self._cache is not None and not self._core.fleet.running:
             self._result(self._loop.call(calls.ResumeCalled), timeout)
 
     # --- torch
@@ -417,7 +416,7 @@ class Worker:
         """The next range, or None when all epochs are complete. Comes back counted in, with fresh weights if it was not."""
         started = time.perf_counter()
         lease: calls.Lease | None = self._result(self._loop.call(calls.ClaimCalled, job, epochs), None)
-        if lease is not None and self._cache is not None and not self._core.fleet.active:
+        if lease is not None and self._cache is not None and not self._core.fleet.running:
             self._be_counted_in(None)
             self._refresh()
         self._core.stats.seconds["data"] += time.perf_counter() - started
