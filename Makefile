@@ -29,8 +29,8 @@ lint: $(BIN)/shoal
 types: $(BIN)/shoal .typing/shoal
 	$(BIN)/mypy
 
-tests: $(BIN)/shoal
-	$(BIN)/python -m pytest
+tests: $(BIN)/shoal     # two at a time: much of a test is waiting. A file stays with one process, for ports and time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: $(BIN)/shoal       ## 100,000 random schedules; SHOAL_SEED=… to repeat one
 	SHOAL_SCHEDULES=$${SHOAL_SCHEDULES:-100000} $(BIN)/python -m pytest tests/test_simulation.py -k random -s --timeout 0
