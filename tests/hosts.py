@@ -2,25 +2,26 @@
 
 Rules
 - The machine's own network is not touched: the bridge stands in a namespace too, and goes with it.
-- Every name holds the process id, so that two runs never meet.
+- Every name holds the process id, so that two runs never meet. What a run that was killed has left is removed by the next.
 - What runs on a host is ended before the host is removed, whatever happened; `remains` says what is left.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from conftest import until
 
 IP = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-PREFIX = f"shoal{os.getpid()}"
+PREFIX = f"shoal{os.getpid()}-"
 SWITCH = f"{PREFIX}sw"
 FORBIDDEN = ("not permitted", "Permission denied", "not supported", "Unknown device type", "Read-only file system")
 """What `ip` says where a machine does not allow namespaces, bridges or links. Any other failure is a fault of ours."""
@@ -83,6 +84,9 @@ class Hosts:
         self.addresses = {name: f"10.0.0.{number}" for number, name in enumerate(names, 1)}
         self._folder, self._started = folder, list[Process]()
         self._spaces = [SWITCH, *(PREFIX + name for name in names)]
+        for space in spaces():
+            if not Path("/proc", space.removeprefix("shoal").partition("-")[0]).exists():
+                _remove(space)
         try:
             self._build()
         except BaseException:
@@ -130,30 +134,33 @@ class Hosts:
         """End what runs, remove the hosts. Can be called at any time, and twice."""
         for process in self._started:
             process.kill()
-        for space in [space for space in self._spaces if space in spaces()]:
-            until(lambda space=space: not _killed(space), 10, f"processes in {space} end")  # type: ignore[misc]
-            ip("netns", "delete", space)
+        for space in spaces(PREFIX):
+            _remove(space)
 
 
-def _killed(space: str) -> list[str]:
-    """Kill what runs in a namespace, children of children too. Returns their ids."""
-    found = ip("netns", "pids", space).split()
-    for pid in found:
-        try:
-            os.kill(int(pid), signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    return found
-
-
-def spaces() -> list[str]:
-    """Our namespaces, by name."""
-    return [line.split()[0] for line in ip("netns", "list").splitlines() if line.startswith(PREFIX)] if IP else []
+def spaces(prefix: str = "shoal") -> list[str]:
+    """The namespaces of our runs, by name."""
+    found = [line.split()[0] for line in ip("netns", "list").splitlines()] if IP else []
+    return [name for name in found if re.fullmatch(r"shoal[0-9]+-\w+", name) and name.startswith(prefix)]
 
 
 def remains() -> list[str]:
-    """What is left of ours on this machine: namespaces, bridges, links."""
-    return spaces() + [name for name in os.listdir("/sys/class/net") if name.startswith(PREFIX)]
+    """What is left of this run on this machine: namespaces, bridges, links."""
+    return spaces(PREFIX) + [name for name in os.listdir("/sys/class/net") if name.startswith(PREFIX)]
+
+
+def _remove(space: str) -> None:
+    """End what runs in a namespace, children of children too, and remove it."""
+
+    def ended() -> bool:
+        found = ip("netns", "pids", space).split()
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        return not found
+
+    until(ended, 10, f"the processes in {space} end")
+    ip("netns", "delete", space)
 
 
 @contextmanager

@@ -94,6 +94,18 @@ def test_a_name_belongs_to_one_live_worker() -> None:
     assert 2 == only(m.Welcome, said).incarnation, "the end of the holder's lease admits it"
 
 
+def test_a_join_that_is_not_repeated_is_forgotten() -> None:
+    """Who waits for shards asks again each second (§3.1.2); one who has not for long is dead, and not admitted."""
+    bench = CoordinatorBench()
+    bench.join(1), bench.join(2)
+    bench.now = 4.9
+    bench.join(2)
+    bench.now = 5.0
+    bench.shard()
+
+    assert [2] == [life.incarnation for life in bench.core.members]
+
+
 def test_a_long_name_may_wait_too() -> None:
     """What the coordinator says of a name fits the limits of a message, whatever the name (§2.3)."""
     bench = trained()

@@ -118,6 +118,18 @@ def bench() -> Bench:
     return Bench().running()
 
 
+def test_entering_has_two_steps() -> None:
+    """First `Enter` everywhere; when every shard has said its least clock, `Start` everywhere at the largest (SPEC §6.1.2)."""
+    bench = Bench(shards=3)
+    assert ["Enter"] * 3 == kinds([message for _, message in bench.registered()])
+    assert [] == bench.hear((0, bench.ack(0, 1, 4)), (2, bench.ack(2, 1, 9)))
+    assert {} == bench.ended
+    assert [(index, m.Start(ME, 900 + index, 2, 9)) for index in range(3)] == bench.hear((1, bench.ack(1, 1, 7)))
+
+    assert {ENTERER: bench.layout} == bench.ended
+    assert (9, True) == (bench.stats.clock, bench.fleet.running)
+
+
 def test_a_shard_without_blocks_takes_no_part() -> None:
     """A small model is on some shards only: the others are greeted, and not entered."""
     bench = Bench(shards=3, elements=4).running()
@@ -306,6 +318,16 @@ def test_a_pull_may_be_answered_refused_or_cancelled(bench: Bench) -> None:
     bench.fleet.cancel(9)
     bench.look()
     assert not {8, 9} & set(bench.ended)
+
+
+def test_a_reader_that_rests_is_not_stale(bench: Bench) -> None:
+    """Counted out it may still read, and what it sees says nothing about the bound."""
+    bench.push(6, 0)
+    bench.fleet.pause()
+    bench.pull(7, 0)
+    bench.hear(bench.values(0, 1, min_clock=0))
+
+    assert ({}, 1) == (bench.stats.staleness, bench.ended[7].clock)
 
 
 def test_an_empty_shard_is_filled_once(bench: Bench) -> None:

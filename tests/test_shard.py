@@ -217,7 +217,8 @@ def test_a_restarted_shard_waits_for_those_it_is_told_of() -> None:
 def test_a_restarted_shard_is_opened_by_those_who_run_on(entered: dict[int, int]) -> None:
     """Whoever is counted in counts toward the quorum, be it by `Enter`, by `Start` or by the first view (§6.1.4)."""
     bench = ShardBench((1,), quorum=1, entered=entered)
-    bench.do(m.Start, 1, 3)
+    if not entered:
+        bench.do(m.Start, 1, 3)
 
     assert bench.report().opened
 
