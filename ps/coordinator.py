@@ -192,7 +192,7 @@ class Coordinator:
         for incarnation, clock in report.clocks:
             life = self.members.get(incarnation)
             if life is not None:
-                life.clock = max(life.clock, clock)
+                life.clock, life.entered = max(life.clock, clock), True  # a shard knows before the next renewal
         if not self._begun and self.shards.opened:
             self._begun = True
             self._new_epoch()
@@ -334,8 +334,9 @@ class Coordinator:
     def _note(self, life: Life, news: Renew | Leave) -> None:
         life.stats = dict(news.stats)
         life.logged = dict(news.logged)
-        if len(self.logged) < MAX_NAMES:
-            self.logged.update(life.logged)
+        for name, value in life.logged.items():
+            if name in self.logged or len(self.logged) < MAX_NAMES:
+                self.logged[name] = value
         for lease, done in news.progress:
             self.partitions.progress(life.incarnation, lease, done)
 
@@ -352,8 +353,9 @@ class Coordinator:
         self._answered.pop(life.incarnation, None)
         for key in [key for key in self._parked if key[0] == life.incarnation]:
             del self._parked[key]
-        if len(self.totals.stats) < MAX_NAMES:
-            self.totals.stats.update(life.stats)
+        for name, value in life.stats.items():
+            if name in self.totals.stats or len(self.totals.stats) < MAX_NAMES:
+                self.totals.stats[name] += value  # type: ignore[assignment]
         if state == "left":
             self.totals.left += 1
             self._log("info", f"worker {life.name} has left after {life.clock} clocks")

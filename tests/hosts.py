@@ -56,7 +56,7 @@ class Process:
     def text(self) -> str:
         return self._log.read_text()
 
-    def ended(self, seconds: float = 30.0) -> int:
+    def ended(self, seconds: float = 60.0) -> int:
         """Wait for its end. Returns the exit code."""
         try:
             return self._process.wait(seconds)
