@@ -33,7 +33,7 @@ tests: $(BIN)/shoal     # two at a time: much of a test is waiting. A file stays
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: $(BIN)/shoal       ## 100,000 random schedules; SHOAL_SEED=… to repeat one
-	SHOAL_SCHEDULES=$${SHOAL_SCHEDULES:-100000} $(BIN)/python -m pytest tests/test_simulation.py -k random -s --timeout 0
+	SHOAL_SCHEDULES=$${SHOAL_SCHEDULES:-100000} $(BIN)/python -m pytest -n 2 tests/test_simulation.py -k random --timeout 0
 
 examples: $(BIN)/shoal   ## every example, each under a minute
 	for script in examples/*.py; do $(BIN)/shoal run -n 2 --servers 2 $$script || exit 1; done

@@ -145,7 +145,7 @@ class Run:
         """0 if the work was done; else what the scripts said."""
         if self._server_died:
             return 69
-        codes = [worker.code or 0 for worker in self.workers]
+        codes = [worker.code or 0 for worker in self.workers if not worker.stopped]
         failed = {code for code in codes if code and not (code in FORGIVEN and 0 in codes)}
         if not failed:
             return 1 if self._trouble else 0

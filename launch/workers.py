@@ -49,6 +49,8 @@ class WorkerProcess:
 
     def __init__(self, name: str, script: str, args: Sequence[str], join: str, attempt: int, write: Write) -> None:
         self.name, self.attempt = name, attempt
+        self.stopped = False
+        """It was told to end while it ran: its exit status is ours, not the script's."""
         environment = os.environ | {
             "SHOAL_JOIN": join,
             "SHOAL_WORKER_NAME": name,
@@ -97,6 +99,7 @@ class WorkerProcess:
 
     def _signal(self, number: int) -> None:
         if self.code is None:
+            self.stopped = True
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)  # its own children too
 

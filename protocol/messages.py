@@ -45,12 +45,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A worker in a view. `clock` is a lower bound (SPEC §6.1)."""
+    """A worker in a view. One that has registered may be counted in at any shard (SPEC §6.1.5)."""
 
     incarnation: U64
     name: Text
-    entered: Flag
-    clock: U64
+    registered: Flag
 
 
 Places = Annotated[tuple[Place, ...], records(Place, 1024)]
@@ -219,6 +218,8 @@ class Leased:
     epoch: U32
     start: U64
     stop: U64
+    oldest: U32
+    """The first epoch of which something is left to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,6 +382,7 @@ class Pause:
     incarnation: U64
     shard: U64
     seq: U64
+    clock: U63
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,8 +60,9 @@ class Clocks:
             if before == self._min:
                 self._settle()
 
-    def leave(self, incarnation: int) -> None:
-        """Count a worker out, if it was in."""
+    def leave(self, incarnation: int, clock: int = 0) -> None:
+        """Count a worker out, if it was in. `clock` is where it is, for a shard that has not counted it in before."""
+        self._highest = max(self._highest, clock)
         if self._clocks.pop(incarnation, None) == self._min or not self._clocks:
             self._settle()
 

@@ -193,6 +193,10 @@ class Coordinator:
             life = self.members.get(incarnation)
             if life is not None:
                 life.clock, life.entered = max(life.clock, clock), True  # a shard knows before the next renewal
+        if self.opened_at is None and held.opened and held.clocks:  # it began before we were started
+            self.opened_at = self.now
+            self._new_epoch()
+            self._look_again()
         if not self._begun and self.shards.opened:
             self._begun = True
             self._new_epoch()
@@ -244,7 +248,7 @@ class Coordinator:
             assert self._model is not None
             self._send(held.peer, self._model)
         if held.epoch < self.epoch:
-            members = tuple(Member(life.incarnation, life.name, life.entered, life.clock) for life in self.members)
+            members = tuple(Member(life.incarnation, life.name, life.registered > 0) for life in self.members)
             view = View(
                 self.run, self.epoch, self.settings.mode, self.settings.staleness, self._filler, self._quorum, members
             )
@@ -496,12 +500,15 @@ class Coordinator:
             return Exhausted(life.incarnation, message.request)
         if found is None or isinstance(found, Answer):
             return Refused(message.request, "undeclared", f"data set {message.job!r} is not declared")
-        return Leased(life.incarnation, message.request, found.lease, found.epoch, found.start, found.stop)
+        oldest = self.partitions.jobs[message.job].oldest
+        return Leased(life.incarnation, message.request, found.lease, found.epoch, found.start, found.stop, oldest)
 
     # --- the rest
 
     def _repeat(self) -> None:
         """Once a second: shards that have not confirmed the newest view or model are told again."""
+        for held in self.shards.close_ranks(self.now):
+            self._send(held.peer, Evicted(held.place.incarnation))
         for held in self.shards:
             if self.now - held.sent_at >= RETRY and (held.epoch < self.epoch or self._lacks_model(held)):
                 self._inform(held)

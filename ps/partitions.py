@@ -56,6 +56,20 @@ class Job:
     lost: int = 0
     released: int = 0
 
+    @property
+    def oldest(self) -> int:
+        """The first epoch of which something is left to do."""
+        under_way = [held.epoch for held in self.leased.values()]
+        return min([self.epoch, *under_way, *(epoch for epoch, _, _ in self.returned[:1])])
+
+    def begin_at(self, epoch: int) -> None:
+        """Somebody knows that every earlier epoch is done: a coordinator before us has said so (SPEC §9.5)."""
+        if epoch > self.epoch:
+            self.first = self.epoch = epoch
+            self.cursor = 0
+        self.returned = [entry for entry in self.returned if entry[0] >= epoch]
+        heapq.heapify(self.returned)
+
     def take(self, incarnation: int, epochs: int, numbers: count[int]) -> Range | Answer:
         """The next range of an epoch below `epochs`."""
         if self.returned and self.returned[0][0] < epochs:
@@ -111,6 +125,7 @@ class Partitions:
         ):
             if mine != yours:
                 return f"data set {asked.job!r} has {mine} {what} for the worker that came first, {yours} here"
+        job.begin_at(asked.epoch)
         return ""
 
     def claim(self, incarnation: int, name: str, epochs: int) -> Range | Answer | None:

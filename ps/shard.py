@@ -88,6 +88,8 @@ class Shard:
         self._clocks = Clocks()
         self._entered: set[int] = set()
         """Those in the view who were counted in here at least once."""
+        self._unheard: set[int] = set()
+        """Those of the first view who may run on elsewhere and have not said so here yet."""
         self._opened = False
         """Has the first clock begun?"""
         self._open_step = 0
@@ -177,11 +179,9 @@ class Shard:
             self._ranks[member.incarnation] = next(self._order) if rank is None else rank
         for gone in [known for known in {*self._inboxes, *dict(self._clocks.items())} if known not in self._names]:
             self._drop(gone)
-        if first:  # a restarted shard: those who had entered hold the others until they speak (SPEC §6.1.5)
-            for member in view.members:
-                if member.entered:
-                    self._clocks.enter(member.incarnation, member.clock)
-                    self._entered.add(member.incarnation)
+        if first:  # a restarted shard: some may be counted in elsewhere, nobody knows at which clock (SPEC §6.1.5)
+            self._unheard = {member.incarnation for member in view.members if member.registered}
+        self._unheard.intersection_update(self._names)
         if self._weights and not self._filled and (before is None or before.filler != view.filler):
             self._weights.restart_filling()
         self._open()
@@ -193,8 +193,10 @@ class Shard:
         self._report()
 
     def _open(self) -> None:
-        """The first clock begins when a quorum is counted in (SPEC §6.1.4)."""
-        if not self._opened and self._view is not None and len(self._entered) >= self._view.quorum:
+        """The first clock begins when a quorum is counted in, and everybody has been heard (SPEC §6.1.4, §6.1.5)."""
+        if self._opened or self._unheard or self._view is None:
+            return
+        if len(self._entered) >= self._view.quorum:
             self._opened = True
             self._clocks.release()
             self._report()
@@ -240,7 +242,7 @@ class Shard:
         if incarnation not in self._names:
             return self._send(peer, Evicted(incarnation))
         self._inboxes.setdefault(incarnation, Inbox())
-        self._routes[incarnation] = peer
+        self._routes.setdefault(incarnation, peer)
         self._send(peer, Greeting(incarnation, self.incarnation, max(self._index, 0)))
 
     def _known(self, peer: Peer, incarnation: int, shard: int) -> Inbox | None:
@@ -305,10 +307,10 @@ class Shard:
         return inbox.applied > before
 
     def _must_wait(self, operation: Operation) -> bool:
-        """A filling waits for the view that asks for it; in sync mode a push of a later step waits for its step."""
+        """A filling waits for the model and the view that asks for it; in sync mode a push of a later step waits for its step."""
         match operation:
             case Fill():
-                return operation.epoch > self._epoch
+                return self._weights is None or operation.epoch > self._epoch
             case Push():
                 return self._sync and operation.incarnation in self._clocks and operation.clock > self._open_step
             case _:
@@ -322,22 +324,26 @@ class Shard:
         match operation:
             case Push():
                 self._push(operation)
-            case Enter():
-                self._clocks.enter(operation.incarnation)
-                self._entered.add(operation.incarnation)
-                self._open()
-            case Start():
-                if operation.incarnation not in self._clocks:
-                    self._clocks.enter(operation.incarnation, operation.clock)
-                self._clocks.reach(operation.incarnation, operation.clock)
-                self._entered.add(operation.incarnation)
-                self._open()
-            case Pause():
-                self._clocks.leave(operation.incarnation)
+            case Enter(incarnation):
+                self._clocks.enter(incarnation)
+                self._counted_in(incarnation)
+            case Start(incarnation):
+                if incarnation not in self._clocks:
+                    self._clocks.enter(incarnation, operation.clock)
+                self._clocks.reach(incarnation, operation.clock)
+                self._counted_in(incarnation)
+            case Pause(incarnation):
+                self._clocks.leave(incarnation, operation.clock)
+                self._counted_in(incarnation)  # once it was, here or at an earlier life of this shard
                 if self._weights:
-                    self._weights.drop(operation.incarnation)
+                    self._weights.drop(incarnation)
             case Fill():
                 self._fill(operation)
+
+    def _counted_in(self, incarnation: int) -> None:
+        self._entered.add(incarnation)
+        self._unheard.discard(incarnation)
+        self._open()
 
     def _fill(self, fill: Fill) -> None:
         if self._weights is None:

@@ -3,6 +3,7 @@
 Rules
 - An index is held by one incarnation. It changes hands when its holder is silent for a lease, or when a new process has
   bound the very address of the old one.
+- Before there is a layout nothing is at stake: a silent shard is forgotten soon, and the others close ranks.
 """
 
 from __future__ import annotations
@@ -113,11 +114,20 @@ class Shards:
         held = self._held.get(index)
         return held is None or self.is_lost(held, now) or self._replaces(held, join, now)
 
-    @staticmethod
-    def _replaces(held: Held, join: ShardJoin, now: float) -> bool:
+    def _replaces(self, held: Held, join: ShardJoin, now: float) -> bool:
         """Has a new process bound the address of one that says nothing any more?"""
         same = (held.place.host, held.place.port) == (join.host, join.port)
-        return same and now - held.heard_at >= REPLACED_AFTER
+        return same and (not self.fixed or now - held.heard_at >= REPLACED_AFTER)
+
+    def close_ranks(self, now: float) -> list[Held]:
+        """Before there is a layout: forget the silent, and those whose index is now too high; these, returned, must join again."""
+        silent = [] if self.fixed else [held for held in self if now - held.heard_at >= REPLACED_AFTER]
+        for held in silent:
+            del self._held[held.place.index]
+        misplaced = [held for held in self if silent and held.place.index >= len(self)]
+        for held in misplaced:
+            del self._held[held.place.index]
+        return misplaced
 
     def report(self, held: Held, report: Report, peer: Peer, now: float) -> None:
         held.peer, held.heard_at = peer, now

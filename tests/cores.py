@@ -107,12 +107,11 @@ class ShardBench(Bench):
         return m.Model(RUN, 1, layout.block_bytes, digest or layout.digest, (layout.spec.description,))
 
     def view(
-        self, members: Sequence[int], *, filler: int = 1, quorum: int = 0, entered: dict[int, int] | None = None
+        self, members: Sequence[int], *, filler: int = 1, quorum: int = 0, registered: Sequence[int] = ()
     ) -> list[Any]:
-        """The next view, and everybody in it says hello. `entered`: clocks of those who had been counted in before."""
+        """The next view, and everybody in it says hello."""
         self.epoch += 1
-        at = entered or {}
-        rows = tuple(m.Member(inc, f"name{inc}", inc in at, at.get(inc, 0)) for inc in (*members, READER))
+        rows = tuple(m.Member(inc, f"name{inc}", inc in registered) for inc in (*members, READER))
         said = self.hear(COORDINATOR, m.View(RUN, self.epoch, self.mode, self.staleness, filler, quorum, rows))
         for worker in (*members, READER):
             self.hear(peer_of(worker), m.Hello(worker, self.epoch))
@@ -121,6 +120,7 @@ class ShardBench(Bench):
     def do(self, kind: Any, worker: int, *fields: Any) -> list[Any]:
         """The worker's next operation."""
         self.sequence[worker] += 1
+        fields = fields or ((0,) if kind is m.Pause else ())
         return self.hear(peer_of(worker), kind(worker, SHARD, self.sequence[worker], *fields))
 
     def fill(self, worker: int, value: float = 0.0, epoch: int = 0) -> list[Any]:

@@ -29,6 +29,8 @@ class Update:
     pushed_at: float
     acked_at: float = inf
     failed: bool = False
+    lost_with: str = ""
+    """The error that told of its loss, where one did."""
 
 
 @dataclass
@@ -69,6 +71,15 @@ class History:
     pulls: list[PullDone] = field(default_factory=list)
     waits: list[tuple[str, float, float]] = field(default_factory=list)
     """(worker, asked at, answered at) of every pull."""
+    refilled: dict[int, list[tuple[float, set[int]]]] = field(default_factory=lambda: defaultdict(list))
+    """When a later life of a shard was filled, by index, and with which elements: what else the earlier one held is lost."""
+
+    def may_lack(self, update: Update, shard: int, at: float) -> bool:
+        """Did a crash of the shard, before `at`, take this update with it (DESIGN §5: no checkpoint, no promise)?"""
+        return any(
+            filled <= at and (update.pushed_at <= filled or update.lost_with == "ServerLost")
+            for filled, _ in self.refilled.get(shard, ())
+        )
 
     def by_life(self) -> dict[int, list[Update]]:
         found: dict[int, list[Update]] = defaultdict(list)
@@ -83,8 +94,9 @@ def check_staleness(history: History) -> None:
     by_life = history.by_life()
     for pull in history.pulls:
         for element in pull.own:
-            if any(values[element] == 0 for values in pull.values.values()):
-                if history.mode == "sync" and history.updates[element].clock >= pull.clock:
+            update = history.updates[element]
+            if _lacking(history, update, pull):
+                if history.mode == "sync" and update.clock >= pull.clock:
                     continue  # its step is not closed yet
                 raise Violation(f"a pull at {pull.answered_at:.3f} lacks the reader's own update {element}")
         if not pull.counted or bound == inf:
@@ -102,11 +114,19 @@ def check_staleness(history: History) -> None:
                     f"while {life.name} was at {reached}, bound {bound}"
                 )
             for update in mine:
-                if update.clock < least and any(values[update.element] == 0 for values in pull.values.values()):
+                if update.clock < least and _lacking(history, update, pull):
                     raise Violation(
                         f"a pull at clock {pull.clock} (bound {bound}) at {pull.answered_at:.3f} lacks update {update.element} "
                         f"of {life.name} at clock {update.clock}"
                     )
+
+
+def _lacking(history: History, update: Update, pull: PullDone) -> bool:
+    """Is an update missing in what a shard answered, though that shard should have it?"""
+    return any(
+        values[update.element] == 0 and not history.may_lack(update, shard, pull.answered_at)
+        for shard, values in pull.values.items()
+    )
 
 
 def check_once(history: History, final: dict[int, list[float]]) -> None:
@@ -119,7 +139,7 @@ def check_once(history: History, final: dict[int, list[float]]) -> None:
             times = values[update.element]
             if times not in (0.0, 1.0):
                 raise Violation(f"shard {shard}: update {update.element} was applied {times:g} times")
-            if update.acked_at < inf and times != 1.0:
+            if update.acked_at < inf and times != 1.0 and not history.may_lack(update, shard, inf):
                 raise Violation(f"shard {shard}: update {update.element} was acknowledged and is not there")
         strangers = [i for i, value in enumerate(values) if value and i not in history.updates]
         if strangers:
@@ -127,14 +147,18 @@ def check_once(history: History, final: dict[int, list[float]]) -> None:
 
 
 def _check_means(history: History, shard: int, values: list[float]) -> None:
-    """In sync mode the updates of one step share a weight of 1, in proportion to their examples."""
-    steps: dict[int, list[Update]] = defaultdict(list)
+    """In sync mode the updates of one step share a weight of 1, in proportion to their examples.
+
+    A shard that was restarted may go through a step again, for a worker that the step before the crash had not seen.
+    """
+    steps: dict[tuple[int, int], list[Update]] = defaultdict(list)
     for update in history.updates.values():
         if values[update.element]:
-            steps[update.clock].append(update)
-        elif update.acked_at < inf:
+            survived = sum(update.element in elements for _, elements in history.refilled.get(shard, ()))
+            steps[update.clock, survived].append(update)
+        elif update.acked_at < inf and not history.may_lack(update, shard, inf):
             raise Violation(f"shard {shard}: update {update.element} was acknowledged and is not in any average")
-    for clock, updates in steps.items():
+    for (clock, _), updates in steps.items():
         total = sum(update.examples for update in updates)
         for update in updates:
             expected, found = update.examples / total, values[update.element]
@@ -145,11 +169,12 @@ def _check_means(history: History, shard: int, values: list[float]) -> None:
 
 
 def check_coverage(history: History, length: int, epochs: int) -> None:
-    """Guarantee 4: in each epoch every example is in a range whose update was acknowledged."""
+    """Guarantee 4: in each epoch every example is in a range whose update was acknowledged, or lost with a crashed shard."""
     for epoch in range(epochs):
         covered = bytearray(length)
         for update in history.updates.values():
-            if update.epoch == epoch and update.acked_at < inf:
+            with_its_shard = update.lost_with == "ServerLost" and bool(history.refilled)
+            if update.epoch == epoch and (update.acked_at < inf or with_its_shard):
                 covered[update.start : update.stop] = b"\1" * (update.stop - update.start)
         if not all(covered):
             raise Violation(f"epoch {epoch}: example {covered.index(0)} was completed by nobody")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from math import inf
 from typing import Any
@@ -56,6 +56,8 @@ class App:
         self._life: Life | None = None
         self._paused = False
         self._own: list[int] = []
+        self._held: dict[int, Any] = {}
+        """What it pulled last, by block: it fills a shard with that."""
         sim.add(self.node)
         self._call(calls.OpenCalled, self._opened)
 
@@ -64,7 +66,14 @@ class App:
     def _opened(self, _: Any) -> None:
         spec = self.cluster.spec
         zeros = np.zeros(ELEMENTS, np.float32).tobytes()
-        self._call(calls.RegisterCalled, self._registered, spec.description, lambda block: zeros)
+
+        def source(block: int) -> bytes:
+            values = self._held.get(block, zeros)
+            shard = self.core.fleet.layout.blocks[block].shard
+            self.cluster.fillings[self.core.incarnation, shard] = np.frombuffer(values, np.float32).tolist()
+            return values
+
+        self._call(calls.RegisterCalled, self._registered, spec.description, source)
 
     def _registered(self, _: Any) -> None:
         job = self.cluster.job
@@ -121,7 +130,7 @@ class App:
         self._step()
 
     def _lost(self, update: Update, error: Exception) -> None:
-        update.failed = True
+        update.failed, update.lost_with = True, type(error).__name__
         if not isinstance(error, WorkerEvicted | ServerLost):
             self.errors.append(error)
 
@@ -134,6 +143,7 @@ class App:
             life = self.core.incarnation
             own_now = tuple(e for e in own if self.cluster.history.updates[e].incarnation == life)
             values = {}
+            self._held = {index: bytes(buffer) for index, buffer in answer.blocks.items()}
             for block in self.core.layout.blocks:
                 values[block.shard] = np.frombuffer(answer.blocks[block.index], np.float32).tolist()
             self.cluster.history.pulls.append(
@@ -222,6 +232,10 @@ class Cluster:
         self.to_come = 0
         """Workers that will be restarted."""
         self._attempts: dict[str, int] = {}
+        self._live: set[int] = set()
+        self._filled: dict[int, int] = {}
+        self.fillings: dict[tuple[int, int], list[float]] = {}
+        """What a filler gave last, by its incarnation and the shard."""
         self.troubled: dict[str, float] = {}
         self._elements = count()
         self.start_coordinator()
@@ -240,6 +254,24 @@ class Cluster:
         node = Node(f"s{index}", self.make_shard(self.sim.random.getrandbits(63) | 1, f"s{index}", 1))
         self.sim.add(node)
         self.sim.door(node, COORDINATOR, "coordinator")
+
+    def crash_server(self, name: str, seconds: float) -> None:
+        """SIGKILL, and a new process at the same address after so long; it knows nothing.
+
+        Who starts the coordinator of a run that has begun lets it wait for no quorum again: some workers may be done.
+        """
+        self.sim.crash(name)
+
+        def again() -> None:
+            if name == "coordinator":
+                if self.coordinator.opened_at is not None:
+                    self.settings = replace(self.settings, min_workers=1)
+                self.start_coordinator()
+            else:
+                self.start_shard(int(name[1:]))
+            self.watch()
+
+        self.sim.at(self.sim.now + seconds, again)
 
     def start_worker(self, name: str, attempt: int = 0) -> None:
         self.apps[name] = App(self, name, attempt, pace=self.sim.random.choice((0.01, 0.03, 0.1)))
@@ -275,8 +307,15 @@ class Cluster:
 
     def watch(self) -> None:
         """After every event: who is counted in, who has ended. An observer from above, not part of the system."""
-        live = {life.incarnation for life in self.coordinator.members}
-        now = self.sim.now
+        if "coordinator" in self.sim.nodes:
+            self._live = {life.incarnation for life in self.coordinator.members}
+        live, now = self._live, self.sim.now
+        for shard in self.shards():
+            if shard._filled and self._filled.get(shard._index) != shard.incarnation:
+                if shard._index in self._filled:
+                    values = self.fillings[shard._view.filler, shard._index]
+                    self.history.refilled[shard._index].append((now, {i for i, v in enumerate(values) if v}))
+                self._filled[shard._index] = shard.incarnation
         for app in self.apps.values():
             core = app.core
             if core.fleet.running and core.incarnation in live:
@@ -304,12 +343,15 @@ class Cluster:
 
     def final_values(self) -> dict[int, list[float]]:
         found = {}
-        for name, node in self.sim.nodes.items():
-            if isinstance(node.core, Shard) and node.core._weights is not None and node.core._weights.filled:
-                store = node.core._weights.store
+        for shard in self.shards():
+            if shard._weights is not None and shard._weights.filled:
+                store = shard._weights.store
                 (block,) = store.blocks
-                found[int(name[1:])] = np.frombuffer(store.snapshot(block), np.float32).tolist()
+                found[shard._index] = np.frombuffer(store.snapshot(block), np.float32).tolist()
         return found
+
+    def shards(self) -> list[Shard]:
+        return [node.core for node in self.sim.nodes.values() if isinstance(node.core, Shard)]
 
     def run(self, until: float = 600.0) -> bool:
         """Until every worker has finished its data. False if the virtual time ran out."""

@@ -57,7 +57,8 @@ class Sim:
         """Faults are over: let everything finish."""
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._number = count()
-        self._lives: dict[tuple[str, str], int] = {}
+        self._lives: dict[tuple[str, int], int] = {}
+        """Connections by node and door: which life of each is the present one."""
 
     def at(self, when: float, what: Callable[[], None]) -> None:
         heapq.heappush(self._queue, (when, next(self._number), what))
@@ -86,10 +87,10 @@ class Sim:
 
     def _connect(self, node: Node, peer: int) -> None:
         server = node.doors[peer]
-        self._lives[node.name, server] = self._lives.get((node.name, server), 0) + 1
+        life = self._lives[node.name, peer] = self._lives.get((node.name, peer), 0) + 1
 
         def made() -> None:
-            if self.nodes.get(node.name) is not node or node.doors.get(peer) != server:
+            if self.nodes.get(node.name) is not node or self._lives[node.name, peer] != life:
                 return
             if server not in self.nodes or frozenset((node.name, server)) in self.cut:
                 self.at(self.now + 0.1, made)  # as a socket does: it tries again
@@ -167,26 +168,18 @@ class Sim:
             server = node.doors.get(peer)
             if server is None:
                 return
-            life = self._lives[node.name, server]
+            life = self._lives[node.name, peer]
             if not self.quiet and self.random.random() < self.faults.reset:
                 self.at(self.now, lambda: self.break_link(node, peer) if self.nodes.get(node.name) is node else None)
                 return
-            route = f"{node.name}|{server}|{life}".encode()
-            self._carry(node.name, server, life, lambda: self._deliver(server, route, frames), node.name, server)
+            route = f"{node.name}|{peer}|{life}".encode()
+            self._carry((node.name, peer), life, server, lambda: self._deliver(server, route, frames))
         else:  # toward whoever connected
-            client, server, number = peer.decode().split("|")
-            target = self.nodes.get(client)
-            if target is None:
-                return
-            index = next((i for i, door in target.doors.items() if door == server), None)
-            if index is not None:
-                self._carry(
-                    client, server, int(number), lambda: self._deliver(client, index, frames), node.name, client
-                )
+            client, door, number = peer.decode().split("|")
+            self._carry((client, int(door)), int(number), node.name, lambda: self._deliver(client, int(door), frames))
 
-    def _carry(
-        self, client: str, server: str, life: int, deliver: Callable[[], None], source: str, target: str
-    ) -> None:
+    def _carry(self, door: tuple[str, int], life: int, server: str, deliver: Callable[[], None]) -> None:
+        ends = frozenset((door[0], server))
         faults = self.faults if not self.quiet else Faults()
         if self.random.random() < faults.drop:
             return
@@ -194,7 +187,7 @@ class Sim:
         for _ in range(copies):
 
             def arrive() -> None:
-                if self._lives[client, server] == life and frozenset((source, target)) not in self.cut:
+                if self._lives.get(door) == life and ends not in self.cut:
                     deliver()
 
             self.at(self.now + self.random.uniform(1e-4, faults.delay), arrive)

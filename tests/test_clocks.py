@@ -35,9 +35,10 @@ class ClocksMachine(RuleBasedStateMachine):
         self.model[worker] = max(self.model[worker], clock)
         self.reached.append(self.model[worker])
 
-    @rule(worker=workers)
-    def leave(self, worker: int) -> None:
-        self.clocks.leave(worker)
+    @rule(worker=workers, clock=st.integers(0, 12))
+    def leave(self, worker: int, clock: int) -> None:
+        self.reached.append(clock)
+        self.clocks.leave(worker, clock)
         self.model.pop(worker, None)
 
     @rule()

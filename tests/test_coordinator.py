@@ -145,18 +145,13 @@ def test_every_change_is_a_view_that_is_repeated() -> None:
     assert [] == bench.after(1.0)
 
 
-def test_a_view_tells_a_restarted_shard_the_clocks() -> None:
-    """Each member's clock is the highest of its renewals and of the shards' reports; `entered` is as it renewed (§6.1.5)."""
+def test_a_view_tells_a_restarted_shard_who_may_be_counted_in() -> None:
+    """Those who have registered, whatever they renewed since (§6.1.5)."""
     bench = trained(1, 2)
-    bench.renew(1, clock=4)
-    bench.report(clocks=((1, 6), (2, 3), (77, 9)))
-    bench.renew(1, clock=5)
     bench.renew(2, entered=False)
     bench.join(3)
 
-    assert [(1, True, 6), (2, False, 3), (3, False, 0)] == [
-        (v.incarnation, v.entered, v.clock) for v in view_of(bench).members
-    ]
+    assert [(1, True), (2, True), (3, False)] == [(v.incarnation, v.registered) for v in view_of(bench).members]
 
 
 def test_the_quorum_forgets_those_who_died_since() -> None:
@@ -348,3 +343,30 @@ def test_what_does_not_belong_here_is_counted() -> None:
     assert (0, "version") == (refusal.request, refusal.code)
     assert {"rejected.misplaced": 1, "rejected.frames": 1, "rejected.version": 1} == bench.core.counters
     assert [m.Echoed(4, (b"abc",))] == bench.hear(b"anybody", m.Echo(4, (b"abc",)))
+
+
+def test_a_run_that_has_begun_is_no_longer_waited_for() -> None:
+    """A shard that is opened and counts somebody says that `min_workers` have been here, under an earlier coordinator (§6.1.4)."""
+    bench = CoordinatorBench(min_workers=3)
+    bench.shard()
+    bench.join(1)
+    bench.report(opened=True)
+    assert bench.core.opened_at is None
+
+    bench.report(opened=True, clocks=((1, 6),))
+
+    assert bench.core.opened_at is not None
+    assert 1 == view_of(bench).quorum
+
+
+def test_shards_close_ranks_before_there_is_a_model() -> None:
+    """One that went before the layout was made is forgotten; the last is told to join again, and gets the free index (§3.3.4)."""
+    bench = CoordinatorBench(min_shards=2)
+    bench.shard(0), bench.shard(1)
+    for _ in range(3):
+        bench.report(1)
+        bench.after(1.0)
+
+    assert [m.Evicted(SHARD + 1)] == bench.to(b"s1", m.Evicted)
+    bench.shard(1)
+    assert [0] == [held.place.index for held in bench.core.shards]

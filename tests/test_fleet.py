@@ -238,6 +238,36 @@ def test_shards_that_move(bench: Bench) -> None:
     assert links == bench.fleet.links
 
 
+def test_a_restarted_shard_may_be_met_before_it_is_told_of(bench: Bench) -> None:
+    """When the coordinator's word comes, the stream that has begun goes on: a second first number would pass for a repetition."""
+    bench.hear((0, m.Stranger(ME, 990)))
+    bench.hear((0, m.Greeting(ME, 990, 0)))
+    link = bench.fleet.links[0]
+    bench.fleet.place([place(0, 990), place(1)], bench.now)
+    bench.hear((0, m.Stranger(ME, 990)))  # of what the old life was sent
+
+    assert (link, 1, 990) == (bench.fleet.links[0], link.outbox.last, link.shard)
+
+
+def test_a_shard_that_took_anothers_address_is_not_taken_for_it(bench: Bench) -> None:
+    """Two restarted shards may change places; each says its index, and one shard never gets two streams."""
+    bench.hear((0, m.Stranger(ME, 990)))
+    bench.hear((0, m.Greeting(ME, 990, 1)))
+
+    assert 0 == bench.fleet.links[0].shard
+
+
+def test_what_is_pushed_while_nobody_is_there_is_lost_and_told(bench: Bench) -> None:
+    """Between two lives of a shard a push has nobody to go to; the other shard's part is not the whole of it."""
+    bench.hear((0, m.Stranger(ME, 990)))
+    bench.push(7, 0, 1)
+    bench.hear((1, bench.ack(1, 3)))
+    assert 7 not in bench.ended
+    bench.hear((0, m.Greeting(ME, 990, 0)))
+
+    assert isinstance(bench.ended[7], ServerLost)
+
+
 def test_a_silent_shard_is_probed_then_lost(bench: Bench) -> None:
     """A probe a second; at the time-out whoever waits for this shard is told, others wait on, and the next is not told at once."""
     bench.push(6, 0, 1)

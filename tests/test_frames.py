@@ -53,7 +53,7 @@ OF_KIND: dict[Any, st.SearchStrategy[Any]] = {
     schema.Requests: several(u64),
     schema.Refusals: rows(u64, text, text),
     m.Places: several(st.builds(m.Place, u32, u64, text, u32, text)),
-    m.Members: several(st.builds(m.Member, u64, text, st.booleans(), u64)),
+    m.Members: several(st.builds(m.Member, u64, text, st.booleans())),
 }
 
 

@@ -100,7 +100,7 @@ test_every_example_is_done_once = LeasesMachine.TestCase
 def test_a_job_is_fixed_by_its_first_declaration() -> None:
     """Another length, batch or seed under the same name is told apart; the same again and another name are welcome (SPEC §9.1)."""
     partitions = Partitions()
-    assert ["", "", ""] == [partitions.declare(d) for d in (declared(), declared(epoch=2), declared(11, job="other"))]
+    assert ["", "", ""] == [partitions.declare(d) for d in (declared(), declared(), declared(11, job="other"))]
 
     for other, what in (
         (declared(11), "10 examples for the worker that came first, 11 here"),
@@ -112,3 +112,20 @@ def test_a_job_is_fixed_by_its_first_declaration() -> None:
     for batch, size in ((0, 4), (2, 0), (2, 3), (4, 2)):
         assert "multiple of the batch" in partitions.declare(declared(batch=batch, size=size, job="third"))
     assert partitions.claim(1, "third", 1) is None
+
+
+def test_a_job_begins_where_the_last_that_knows_says() -> None:
+    """After a restart of the coordinator: the highest epoch that anybody declares, for earlier ones are done (SPEC §9.5)."""
+    partitions = Partitions()
+    partitions.declare(declared())
+    first = partitions.claim(1, "job", 9)
+    assert isinstance(first, Range)
+    partitions.declare(declared(epoch=2))
+    partitions.end(1)
+    partitions.declare(declared(epoch=1))
+
+    job = partitions.jobs["job"]
+    assert (2, 2) == (job.epoch, job.oldest)
+    found = [partitions.claim(2, "job", 9) for _ in range(5)]
+    assert [2, 2, 2, 3, 3] == [held.epoch for held in found if isinstance(held, Range)]
+    assert 2 == job.oldest

@@ -205,7 +205,7 @@ def test_two_computations_of_a_layout(at: Session) -> None:
 def test_a_coordinator_that_forgot_a_data_set(at: Session) -> None:
     """It hears of it again before the claim is repeated, with the epoch that this worker is in (SPEC §9.5)."""
     first, claim = at.registered().claim()
-    at.answer(claim, m.Leased, 11, 1, 4, 8)
+    at.answer(claim, m.Leased, 11, 1, 4, 8, 1)
     assert calls.Lease(1, 11, 1, 4, 8) == at.ended[first]
     ticket = at.call(calls.ClaimCalled, "data", 2)
     said = at.hear(m.Refused(only(m.Claim, at.said).request, "undeclared", "?"))
@@ -225,7 +225,7 @@ def test_a_restarted_coordinator_is_told_of_data_sets(at: Session) -> None:
 
     assert ["Declare", "Claim"] == kinds(said)
     assert claim.request < said[1].request  # a late answer to the old life's must find nobody
-    at.answer(said[1], m.Leased, 3, 0, 0, 4)
+    at.answer(said[1], m.Leased, 3, 0, 0, 4, 0)
     assert calls.Lease(2, 3, 0, 0, 4) == at.ended[ticket]
 
 

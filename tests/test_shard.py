@@ -60,7 +60,7 @@ def test_a_new_run_begins_to_count_again() -> None:
     bench.push(1, 0, -4.0, 0.0)
     bench.hear(COORDINATOR, m.ShardWelcome(SHARD, RUN + 1, 0, 15.0))
     assert ["Ack"] == kinds(bench.push(1, 1, -1.0, 0.0)), "without a coordinator pushes go on (§3.3.5)"
-    bench.hear(COORDINATOR, m.View(RUN + 1, 1, "async", 0.0, 0, 0, (m.Member(READER, "reader", False, 0),)))
+    bench.hear(COORDINATOR, m.View(RUN + 1, 1, "async", 0.0, 0, 0, (m.Member(READER, "reader", False),)))
     bench.hear(peer_of(READER), m.Hello(READER, 1))
 
     assert [m.Evicted(1)] == bench.push(1, 2, -1.0, 0.0)
@@ -203,22 +203,55 @@ def test_a_fault_in_closing_a_step_is_survived(monkeypatch: pytest.MonkeyPatch) 
 # --- clocks
 
 
-def test_a_restarted_shard_waits_for_those_it_is_told_of() -> None:
-    """Members that had entered are counted at their clocks in the first view until they speak (§6.1.5)."""
-    bench = ShardBench((1, 2), entered={1: 5, 2: 4})
-    assert (4, ((1, 5), (2, 4))) == (bench.report().floor, bench.report().clocks)
+def test_a_restarted_shard_waits_until_those_it_is_told_of_have_spoken() -> None:
+    """Whoever has registered may be counted in elsewhere at any clock; until all have spoken nothing is answered (§6.1.5)."""
+    bench = ShardBench((1, 2, 3, 4), registered=(1, 2, 3, 4))
     bench.do(m.Start, 1, 6)
     assert [] == bench.pull(1, clock=6)
+    assert [] == answered(bench.do(m.Start, 2, 5))
+    assert [] == answered(bench.do(m.Pause, 3))
+    assert (False, 0) == (bench.report().opened, bench.report().floor)
 
+    assert [] == answered(bench.view((1, 2, 3)))
+    assert (True, 5) == (bench.report().opened, bench.report().floor)
     assert [1] == answered(bench.do(m.Start, 2, 6))
 
 
-@pytest.mark.parametrize("entered", [{}, {1: 3}])
-def test_a_restarted_shard_is_opened_by_those_who_run_on(entered: dict[int, int]) -> None:
-    """Whoever is counted in counts toward the quorum, be it by `Enter`, by `Start` or by the first view (§6.1.4)."""
-    bench = ShardBench((1,), quorum=1, entered=entered)
-    if not entered:
-        bench.do(m.Start, 1, 3)
+@pytest.mark.parametrize("kind", [m.Enter, m.Start, m.Pause])
+def test_the_last_to_speak_opens_a_restarted_shard(kind: Any) -> None:
+    """Be it to enter, to start or to pause (§6.1.5); those who had not registered are not waited for."""
+    bench = ShardBench((1, 2), registered=(1,))
+    assert not bench.report().opened
+
+    bench.do(kind, 1, *(() if kind is m.Enter else (3,)))
+
+    assert bench.report().opened
+
+
+def test_those_who_rest_read_a_restarted_shard_on() -> None:
+    """Nobody is counted in any more: `min` is where they paused, and their pausing is the quorum (§6.1)."""
+    bench = ShardBench((1, 2), mode="sync", quorum=2, registered=(1, 2))
+    bench.do(m.Pause, 1, 4)
+    assert [] == bench.pull(1, clock=4)
+
+    assert [1] == answered(bench.do(m.Pause, 2, 3))
+
+
+def test_a_filling_waits_for_the_model() -> None:
+    """Messages of two connections come in any order: the filling before the model is kept, not refused (§4.3.3)."""
+    bench = ShardBench((1,), fill=False)
+    bench.core._weights = None
+    assert 0 == only(m.Ack, bench.fill(1)).seq
+
+    bench.hear(COORDINATOR, bench.model())
+
+    assert (True, 1) == (bench.report().filled, only(m.Ack, bench.to(peer_of(1), m.Ack)[-1:]).seq)
+
+
+def test_a_restarted_shard_is_opened_by_those_who_run_on() -> None:
+    """Whoever is counted in counts toward the quorum, be it by `Enter` or by `Start` (§6.1.4)."""
+    bench = ShardBench((1,), quorum=1, registered=(1,))
+    bench.do(m.Start, 1, 3)
 
     assert bench.report().opened
 

@@ -93,6 +93,23 @@ def test_before_a_layout_survivors_say_how_many_there_were() -> None:
     assert table.ready
 
 
+def test_before_a_layout_nothing_is_at_stake() -> None:
+    """A new process on an old address takes its place at once; the silent are forgotten, and the others close ranks."""
+    table = Shards(LEASE, 2)
+    assert [0, 1, 2] == [index_of(table, asking(i)) for i in (1, 2, 3)]
+    assert 1 == index_of(table, asking(9, port=1002), 0.1)
+    for shard in (9, 3):
+        report(table, shard, 2.0)
+
+    assert [] == table.close_ranks(2.4)
+    assert [3] == [held.place.incarnation for held in table.close_ranks(2.5)]
+    assert not table.ready
+    assert 0 == index_of(table, asking(3), 2.6)
+    assert table.ready
+    fix(table, 2)
+    assert [] == table.close_ranks(99.0)
+
+
 def test_reports_are_taken_in() -> None:
     """A report is where a shard stands; all of the layout's must agree, be filled, be opened."""
     table = Shards(LEASE, 2)

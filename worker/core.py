@@ -98,7 +98,7 @@ class Core:
         self._leaving = 0
         self._run = 0
         self._declared: dict[str, calls.DeclareCalled] = {}
-        """Data sets by name, each with the epoch that this worker is in."""
+        """Data sets by name, each with the oldest epoch that was unfinished when last heard of."""
         self._done: list[tuple[dict[int, tuple[int, int]], calls.DoneCalled]] = []
         self._progress: dict[int, int] = {}
         self._logged: dict[str, float] = {}
@@ -323,7 +323,7 @@ class Core:
             case Declared():
                 self._out.resolve(ask.ticket, message.size)
             case Leased():
-                self._declared[ask.job] = replace(self._declared[ask.job], epoch=message.epoch)
+                self._declared[ask.job] = replace(self._declared[ask.job], epoch=message.oldest)
                 lease = calls.Lease(self.incarnation, message.lease, message.epoch, message.start, message.stop)
                 self._out.resolve(ask.ticket, lease)
             case Left():

@@ -117,7 +117,8 @@ class Fleet:
                 place.port,
                 place.key,
             )
-            if old is not None and same_door and old.place.incarnation == place.incarnation:
+            if old is not None and same_door and place.incarnation in (old.place.incarnation, old.shard):
+                old.place = place  # the link may have met this life before the coordinator told of it
                 continue
             link = Link(place, now)
             if old is not None:
@@ -215,17 +216,17 @@ class Fleet:
         link.heard(now)
 
     def _greeting(self, link: Link, message: Greeting, now: float) -> None:
-        if link.shard == message.shard:
-            return
-        if link.shard:
-            self._end_stream(link, self._restarted(link))
+        if link.shard == message.shard or message.index != link.place.index:
+            return  # another shard may have bound this address; the coordinator will say where ours is
+        self._end_stream(link, self._restarted(link))  # with what was pushed while nobody was there
         link.reset(message.shard)
         for request in link.reads:
             self._ask(link, request, now)
 
     def _stranger(self, link: Link, message: Stranger, now: float) -> None:
-        if link.shard:
-            self._end_stream(link, self._restarted(link))
+        if link.shard == message.shard:
+            return  # it speaks of what an earlier life was sent; this one has greeted us since
+        self._end_stream(link, self._restarted(link))
         link.reset()
 
     def _ack(self, link: Link, ack: Ack, now: float) -> None:
@@ -331,7 +332,8 @@ class Fleet:
                 if not link.started:
                     link.started = True
                     start = Start(self._incarnation, link.shard, 0, self._stats.clock)
-                    link.outbox.add(start if self.running else Pause(self._incarnation, link.shard, 0))
+                    pause = Pause(self._incarnation, link.shard, 0, self._stats.clock)
+                    link.outbox.add(start if self.running else pause)
             if self.running:
                 self._out.resolve_all(self.enterers, self.layout)
             return
