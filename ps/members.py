@@ -7,7 +7,7 @@ Rules
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from math import inf
 
@@ -16,6 +16,9 @@ from ..protocol.messages import Join
 
 REMEMBERED = 65_536
 """Ended incarnations kept, so that a late message of theirs is known for what it is."""
+
+SHOWN = 256
+"""Ended lives that status shows."""
 
 MAX_LIVE = 4096
 
@@ -58,7 +61,8 @@ class Members:
         self._lease = lease
         self._live: dict[int, Life] = {}
         self._numbers: dict[str, int] = {}
-        self._ended: OrderedDict[int, Life] = OrderedDict()
+        self._ended: OrderedDict[int, None] = OrderedDict()
+        self._recent: deque[Life] = deque(maxlen=SHOWN)
 
     def __len__(self) -> int:
         return len(self._live)
@@ -74,7 +78,8 @@ class Members:
 
     @property
     def ended(self) -> list[Life]:
-        return list(self._ended.values())
+        """The last to end, with all that was known of them."""
+        return list(self._recent)
 
     def named(self, name: str) -> Life | None:
         return next((life for life in self._live.values() if life.name == name), None)
@@ -113,6 +118,7 @@ class Members:
         """A life ends, as `lost`, `left` or `replaced`."""
         life.state, life.entered = state, False
         del self._live[life.incarnation]
-        self._ended[life.incarnation] = life
+        self._ended[life.incarnation] = None
+        self._recent.append(life)
         while len(self._ended) > REMEMBERED:
             self._ended.popitem(last=False)

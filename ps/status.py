@@ -40,7 +40,7 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
             (life.clock for life in c.members if life.entered), default=max((s.floor for s in shards), default=0)
         ),
         "max_clock": max((life.clock for life in c.members), default=0),
-        "workers": [_worker(life, c.now) for life in [*c.members, *c.members.ended[-256:]]],
+        "workers": [_worker(life, c.now) for life in [*c.members, *c.members.ended]],
         "shards": [
             {
                 "index": s.place.index,

@@ -13,11 +13,15 @@ from math import inf
 import numpy as np
 import torch
 
+from ..protocol.frames import payload_bytes
 from ..protocol.layout import Layout
 from ..protocol.messages import Fill, Push
 from .averaging import StepAverage
 from .rules import Ranges
 from .store import Misfit, Store
+
+MAX_COLLECTED = 64 * 1024 * 1024
+"""Bytes that a worker's pushes of one step may have, or twice the shard's own if that is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,11 @@ class Weights:
             Misfit: it is not kept.
         """
         self._checked(push)
-        self._collected.setdefault(push.incarnation, []).append(push)
+        collected = self._collected.setdefault(push.incarnation, [])
+        room = max(MAX_COLLECTED, 2 * self.store.nbytes)
+        if collected and sum(map(payload_bytes, (*collected, push))) > room:
+            raise Misfit("full", f"one step may have {room} bytes at this shard: add gradients up, or end the step")
+        collected.append(push)
 
     def drop(self, incarnation: int) -> None:
         """A worker will not finish the open step."""

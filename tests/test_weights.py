@@ -131,3 +131,19 @@ def test_only_finished_steps_count(weights: Weights) -> None:
     for _ in range(2):
         weights.close_step()
         assert [[0.5, 0.0], [0, 0, 0]] == values(weights)
+
+
+def test_a_step_that_does_not_end_is_bounded(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker may push a step in many parts, not without end: what is refused leaves the rest of the step as it was (§2.3)."""
+    monkeypatch.setattr("shoal.ps.weights.MAX_COLLECTED", 24)
+    part = pushed(1, {0: [1, 1]}, advance=False)
+    for _ in range(5):  # 40 bytes: twice the shard's own
+        weights.collect(part)
+    with pytest.raises(Misfit, match="40 bytes") as refused:
+        weights.collect(part)
+    assert "full" == refused.value.code
+    weights.collect(pushed(2, {0: [1, 1]}, advance=False))
+    weights.contribute(part, 0)
+    weights.close_step()
+
+    assert [-4.0, -4.0] == values(weights)[0]
