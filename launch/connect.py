@@ -41,8 +41,16 @@ def connect(
     found = join or settle([JOIN], {}, "worker")["join"]
     name = name or os.environ.get("SHOAL_WORKER_NAME", "")
     attempt = settle([ATTEMPT], {})["worker_attempt"]
+    transport = os.environ.get("SHOAL_TRANSPORT", "") or "auto"
     if found:
-        return Worker(read_join(found), name=name, attempt=attempt, timeout=timeout, wait_timeout=wait_timeout)
+        return Worker(
+            read_join(found),
+            name=name,
+            attempt=attempt,
+            timeout=timeout,
+            wait_timeout=wait_timeout,
+            transport=transport,
+        )
     world = next((variable for variable in _WORLDS if os.environ.get(variable, "1") not in ("", "1")), None)
     if world:
         raise NoServerError(
@@ -55,7 +63,8 @@ def connect(
     logger.info("no server is named: starting one for this process alone")
     cluster = LocalCluster(min_workers=1)
     try:
-        worker = Worker(read_join(cluster.join), name=name, timeout=timeout, wait_timeout=wait_timeout)
+        address = read_join(cluster.join)
+        worker = Worker(address, name=name, timeout=timeout, wait_timeout=wait_timeout, transport=transport)
     except BaseException:
         cluster.close()
         raise

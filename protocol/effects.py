@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from .messages import Message
+from .messages import Message, Share
 
 Peer: TypeAlias = "bytes | int"
 
@@ -110,4 +110,22 @@ class Stop:
     error: Exception | None = None
 
 
-Effect: TypeAlias = "Send | Open | Resolve | Fail | Log | Stop"
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Open the region that `peer` offers. The loop answers with `Attached`."""
+
+    peer: Peer
+    offer: Share
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A region was opened, or was not, for the reason `why`. `memory` is all of it, writable."""
+
+    peer: Peer
+    offer: Share
+    memory: memoryview | None
+    why: str = ""
+
+
+Effect: TypeAlias = "Send | Open | Resolve | Fail | Log | Stop | Attach"

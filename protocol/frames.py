@@ -16,7 +16,7 @@ from typing import Any, get_args
 import msgpack
 
 from .errors import ProtocolError
-from .messages import Answer, Buffer, Echo, Echoed, Fill, Message, Model, Push, Refused, Register, Values
+from .messages import Answer, Buffer, Echo, Echoed, Fill, Message, Model, Push, Refused, Register, Share, Values
 from .schema import Check, Malformed, checks_of
 
 VERSION = 1
@@ -24,7 +24,7 @@ MAX_HEADER = 1024 * 1024
 MAX_BUFFER = 16 * 1024 * 1024 + 64 * 1024
 MAX_BUFFERS = 1026
 
-_ONE_BUFFER = (Register, Model, Answer, Echo, Echoed)
+_ONE_BUFFER = (Register, Model, Share, Answer, Echo, Echoed)
 _A_BUFFER_A_BLOCK = (Fill, Values, Push)
 
 
@@ -117,7 +117,9 @@ def buffer_count(message: Any) -> int:
     if isinstance(message, Push):
         if message.ranges and (len(message.ranges) != len(message.blocks) or not any(message.ranges)):
             raise ProtocolError("malformed", "Push: ranges and blocks do not fit")
-        return len(message.blocks) + bool(message.ranges)
+        return bool(message.ranges) + (0 if message.region else len(message.blocks))
+    if isinstance(message, Values) and message.region:
+        return 0
     if isinstance(message, _A_BUFFER_A_BLOCK):
         return len(message.blocks)
     return 0

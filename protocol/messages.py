@@ -8,8 +8,11 @@ Rules
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
+from .records import Member as Member
+from .records import Members, Places
+from .records import Place as Place
 from .schema import (
     I64,
     U32,
@@ -25,35 +28,10 @@ from .schema import (
     Refusals,
     Requests,
     Text,
-    records,
 )
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 Buffers: TypeAlias = "tuple[Buffer, ...]"
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a shard is. `key` is its CURVE public key in base64url, or empty."""
-
-    index: U32
-    incarnation: U64
-    host: Text
-    port: U32
-    key: Text
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A worker in a view. One that has registered may be counted in at any shard (SPEC §6.1.5)."""
-
-    incarnation: U64
-    name: Text
-    registered: Flag
-
-
-Places = Annotated[tuple[Place, ...], records(Place, 1024)]
-Members = Annotated[tuple[Member, ...], records(Member, 4096)]
 
 
 # --- answers that any request may get
@@ -312,6 +290,7 @@ class Report:
 class Hello:
     TYPE: ClassVar[int] = 40
     incarnation: U64
+    run: U64
     epoch: U64
 
 
@@ -371,6 +350,8 @@ class Push:
     advance: Flag
     examples: Real
     hyper: Hyper
+    region: U32
+    """Where the gradients are; 0: in the buffers."""
     blocks: Indices
     ranges: Indices
     buffers: Buffers
@@ -408,6 +389,8 @@ class Pull:
     clock: U63
     after: U64
     since: U64
+    region: U32
+    """Where the values are wanted; 0: in buffers."""
     blocks: Indices
 
 
@@ -421,6 +404,7 @@ class Values:
     parts: U32
     version: U64
     min_clock: U64
+    region: U32
     blocks: Indices
     buffers: Buffers
 
@@ -443,6 +427,41 @@ class Alive:
     slowest_clock: U64
     filled: Flag
     parked: Requests
+
+
+# --- worker and shard: sharing memory on one machine (SPEC §11)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A region is open as file `fd` of process `pid`. The buffer is its token."""
+
+    TYPE: ClassVar[int] = 54
+    incarnation: U64
+    shard: U64
+    region: U32
+    pid: U32
+    fd: U32
+    size: U64
+    buffers: Buffers
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    TYPE: ClassVar[int] = 55
+    incarnation: U64
+    shard: U64
+    region: U32
+    accepted: Flag
+    why: Text
+
+
+@dataclass(frozen=True, slots=True)
+class Unshare:
+    TYPE: ClassVar[int] = 56
+    incarnation: U64
+    shard: U64
+    region: U32
 
 
 # --- anyone: status and diagnosis
@@ -519,6 +538,9 @@ Message: TypeAlias = (
     | Values
     | Probe
     | Alive
+    | Share
+    | Shared
+    | Unshare
     | Inquire
     | Answer
     | Echo

@@ -38,7 +38,6 @@ from ..protocol.messages import (
     Leased,
     Leave,
     Left,
-    Member,
     Message,
     Model,
     Refused,
@@ -54,6 +53,7 @@ from ..protocol.messages import (
     Welcome,
 )
 from ..protocol.model import ModelSpec, read_model
+from ..protocol.records import Member
 from .lobby import Lobby
 from .members import Life, Members, Refusal
 from .partitions import Answer, Partitions

@@ -22,11 +22,25 @@ import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
-from ..protocol.effects import COORDINATOR, Effect, Linked, Log, Received, Send, Stop, Tick, Unreadable
+from ..protocol.effects import (
+    COORDINATOR,
+    Attach,
+    Attached,
+    Effect,
+    Linked,
+    Log,
+    Peer,
+    Received,
+    Send,
+    Stop,
+    Tick,
+    Unreadable,
+)
 from ..protocol.errors import ConfigError, ProtocolError
 from ..protocol.frames import MAX_BUFFER, decode, encode, payload_bytes
 from ..protocol.join import bracket
-from ..protocol.messages import Message
+from ..protocol.messages import Message, Share
+from .attach import Unfit, attach
 from .coordinator import Died
 from .zap import Zap, secure
 
@@ -257,8 +271,17 @@ class Loop:
                         self._send_up(message)
                 case Log(level, text):
                     log(self._label, level, text)
+                case Attach(peer, offer):
+                    self._attach(peer, offer)
                 case Stop():
                     self._stop = True
+
+    def _attach(self, peer: Peer, offer: Share) -> None:
+        try:
+            event = Attached(peer, offer, attach(offer))
+        except Unfit as unfit:
+            event = Attached(peer, offer, None, str(unfit))
+        self._give(event)
 
     def _send(self, peer: bytes, message: Message) -> None:
         waiting = self._outboxes.get(peer)

@@ -15,7 +15,18 @@ from itertools import count
 from math import inf
 from typing import Any
 
-from ..protocol.effects import COORDINATOR, Effect, Linked, Log, Peer, Received, Send, Tick, Unreadable
+from ..protocol.effects import (
+    COORDINATOR,
+    Attached,
+    Effect,
+    Linked,
+    Log,
+    Peer,
+    Received,
+    Send,
+    Tick,
+    Unreadable,
+)
 from ..protocol.errors import ProtocolError
 from ..protocol.frames import payload_bytes
 from ..protocol.layout import lay_out
@@ -42,21 +53,24 @@ from ..protocol.messages import (
     Report,
     ShardJoin,
     ShardWelcome,
+    Share,
     Start,
     Stranger,
-    Values,
+    Unshare,
     View,
     Waiting,
 )
 from ..protocol.model import read_model
+from .answers import in_buffers
 from .clocks import Clocks
+from .early import Early
 from .inbox import Inbox, Verdict
+from .shared import SharedMemory
 from .store import Misfit
 from .weights import Weights
 
 RETRY = 1.0
 REPORT_EVERY = 1.0
-PART_BYTES = 4 * 1024 * 1024
 MAX_PARKED = 64
 """Pulls of one worker that may wait at once."""
 
@@ -96,10 +110,11 @@ class Shard:
         self._inboxes: dict[int, Inbox] = {}
         self._routes: dict[int, Peer] = {}
         self._pulls: dict[int, dict[int, Pull]] = {}
-        self._hellos: dict[int, tuple[int, Peer]] = {}
+        self._shared = SharedMemory()
+        self._early = Early()
         self._out: list[Effect] = []
 
-    def handle(self, event: Received | Unreadable | Tick | Linked, now: float) -> list[Effect]:
+    def handle(self, event: Received | Unreadable | Tick | Linked | Attached, now: float) -> list[Effect]:
         self._out, self._now = [], now
         match event:
             case Received(peer, message):
@@ -115,6 +130,9 @@ class Shard:
                     self._send(peer, Refused(0, "version", "this shard speaks version 1 of the protocol"))
             case Linked():
                 self._join()
+            case Attached():
+                known = event.offer.incarnation in self._inboxes
+                self._out.append(self._shared.attached(event, self.incarnation, known))
             case Tick():
                 pass
         if now >= self.wake_at:
@@ -185,10 +203,8 @@ class Shard:
         if self._weights and not self._filled and (before is None or before.filler != view.filler):
             self._weights.restart_filling()
         self._open()
-        for incarnation, (epoch, peer) in list(self._hellos.items()):
-            if epoch <= view.epoch:
-                del self._hellos[incarnation]
-                self._greet(peer, incarnation)
+        for peer, incarnation in self._early.admit(view):
+            self._greet(peer, incarnation)
         self._settle()
         self._report()
 
@@ -204,6 +220,7 @@ class Shard:
     def _drop(self, incarnation: int) -> None:
         for held in (self._inboxes, self._pulls, self._routes):
             held.pop(incarnation, None)
+        self._shared.drop(incarnation)
         if self._weights:
             self._weights.drop(incarnation)
         self._entered.discard(incarnation)
@@ -232,10 +249,9 @@ class Shard:
     # --- getting to know a worker
 
     def _hello(self, peer: Peer, message: Hello) -> None:
-        if message.epoch > self._epoch and message.incarnation not in self._names:
-            if len(self._hellos) < 4096:
-                self._hellos[message.incarnation] = (message.epoch, peer)
-            return
+        newer = message.run != self._run or message.epoch > self._epoch  # epochs of two runs say nothing of each other
+        if newer and message.incarnation not in self._names:
+            return self._early.wait(peer, message)
         self._greet(peer, message.incarnation)
 
     def _greet(self, peer: Peer, incarnation: int) -> None:
@@ -370,6 +386,9 @@ class Shard:
     def _gradients(self, push: Push, clock: int | None) -> None:
         if self._weights is None:
             raise Misfit("unfilled", "no model is registered")
+        if push.region:  # in sync mode the gradients are needed longer than the region is ours: until the step ends
+            push = self._shared.brought_in(push, self._weights, copy=self._sync)
+            self.counters["bytes_shared_in"] += payload_bytes(push)
         if not self._sync:
             self._weights.apply(push, len(self._clocks))
         elif clock == push.clock:
@@ -439,29 +458,20 @@ class Shard:
         if any(block not in store for block in pull.blocks):
             self.counters["rejected.malformed"] += 1
             return self._send(peer, Refused(pull.request, "shape", "a block that is not on this shard"))
-        parts: list[list[int]] = [[]]
-        size = 0
-        for block in store.changed_since(pull.since, pull.blocks):
-            if parts[-1] and (size + store.nbytes_of(block) > PART_BYTES or len(parts[-1]) == 1024):
-                parts.append([])
-                size = 0
-            parts[-1].append(block)
-            size += store.nbytes_of(block)
-        for number, blocks in enumerate(parts):
-            buffers = tuple(map(store.snapshot, blocks))
-            values = Values(
-                pull.incarnation,
-                self.incarnation,
-                pull.request,
-                number,
-                len(parts),
-                store.version,
-                self._clocks.min,
-                tuple(blocks),
-                buffers,
-            )
+        shown = self._shared.answer(pull, self.incarnation, self._weights, self._clocks.min)
+        for values in [shown] if shown else in_buffers(pull, self.incarnation, store, self._clocks.min):
             self.counters["bytes_out"] += payload_bytes(values)
             self._send(peer, values)
+
+    # --- sharing memory (SPEC §11)
+
+    def _share(self, peer: Peer, offer: Share) -> None:
+        if self._known(peer, offer.incarnation, offer.shard) is None or self._weights is None:
+            return  # without the model nobody can say what it should be; the offer is repeated
+        self._out.append(self._shared.offered(peer, offer, self.incarnation, self._weights.layout))
+
+    def _unshare(self, peer: Peer, message: Unshare) -> None:
+        self._shared.drop(message.incarnation, message.region)
 
     def _probe(self, peer: Peer, message: Probe) -> None:
         inbox = self._known(peer, message.incarnation, message.shard)
@@ -537,6 +547,8 @@ _FROM_WORKERS: dict[type[Message], _Act] = {
     Pause: Shard._operation,
     Pull: Shard._pull,
     Probe: Shard._probe,
+    Share: Shard._share,
+    Unshare: Shard._unshare,
     Inquire: Shard._inquire,
     Echo: Shard._echo,
     Refused: Shard._ignore,

@@ -12,7 +12,11 @@ from dataclasses import dataclass, field
 from math import inf
 
 from ..protocol.effects import Peer
-from ..protocol.messages import Place, Report, ShardJoin
+from ..protocol.messages import (
+    Report,
+    ShardJoin,
+)
+from ..protocol.records import Place
 
 MAX_SHARDS = 1024
 REPLACED_AFTER = 2.5

@@ -76,8 +76,11 @@ class Store:
     def nbytes_of(self, block: int) -> int:
         return self._held[block].block.nbytes
 
-    def tensor(self, block: int, payload: Buffer, ranges: Ranges | None = None) -> torch.Tensor:
+    def tensor(self, block: int, payload: Buffer, ranges: Ranges | None = None, check: bool = True) -> torch.Tensor:
         """A payload as a gradient of (part of) a block. Not a copy.
+
+        Args:
+            check: look for NaN and infinity; another has done it otherwise.
 
         Raises:
             Misfit: `shape` for a foreign block or a wrong length, `nonfinite` for NaN or infinity.
@@ -90,7 +93,7 @@ class Store:
             raise Misfit("shape", f"block {block}: {len(payload)} bytes, not {elements * held.block.itemsize}")
         tensor = _tensor(payload, held.weights.dtype)
         # A sum is one pass at memory speed, and NaN or infinity shows in it; only then look at each.
-        if not isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
+        if check and not isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
             raise Misfit("nonfinite", f"block {block} holds NaN or infinity")
         return tensor
 
@@ -136,6 +139,10 @@ class Store:
         if held.copies is None or held.copies[0] != held.version:
             held.copies = (held.version, memoryview(held.weights.view(torch.uint8).numpy().copy()))  # type: ignore[arg-type]
         return held.copies[1]
+
+    def copy_into(self, block: int, memory: memoryview) -> None:
+        """The block's values now, written to `memory`, which has its length."""
+        memory[:] = memoryview(self._held[block].weights.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
     def _changed(self, held: _Held) -> None:
         self.version += 1

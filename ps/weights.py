@@ -100,7 +100,7 @@ class Weights:
             return
         if last.examples > 0:
             for push in collected:
-                for u in self._checked(push):
+                for u in self._checked(push, finite=True):
                     elements = self.store.nbytes_of(u.block) // u.gradient.element_size()
                     self._average.add(u.block, elements, u.gradient, u.ranges, push.examples)
         self._average.finish(last.examples, rank, last.hyper)
@@ -127,23 +127,24 @@ class Weights:
             if numbers and not rule.accepts(numbers):
                 raise Misfit("shape", f"hyperparameters {numbers} do not fit {rule.name}")
 
-    def _checked(self, push: Push) -> list[_Update]:
+    def _checked(self, push: Push, finite: bool = False) -> list[_Update]:
+        """`finite`: it was looked at before. What lies in shared memory its worker has looked at (SPEC §11.3)."""
         if not self.filled:
             raise Misfit("unfilled", "this shard has no weights yet; the update is lost")
         self.check(push)
         if any(a >= b for a, b in zip(push.blocks, push.blocks[1:], strict=False)):
             raise Misfit("shape", "blocks are not ascending")
         found = []
-        for block, ranges, payload in zip(push.blocks, _spans(push), push.buffers[bool(push.ranges) :], strict=True):
+        for block, ranges, payload in zip(push.blocks, spans_of(push), push.buffers[bool(push.ranges) :], strict=True):
             if ranges is not None:
                 self.store.check_ranges(block, ranges)
-            gradient = self.store.tensor(block, payload, ranges)
+            gradient = self.store.tensor(block, payload, ranges, check=not (finite or push.region))
             numbers = push.hyper[self.store.group(block)] if push.hyper else ()
             found.append(_Update(block, gradient, ranges, numbers))
         return found
 
 
-def _spans(push: Push) -> list[list[tuple[int, int]] | None]:
+def spans_of(push: Push) -> list[list[tuple[int, int]] | None]:
     """The ranges of each block in a push; None for a whole block."""
     if not push.ranges:
         return [None] * len(push.blocks)

@@ -114,7 +114,7 @@ class ShardBench(Bench):
         rows = tuple(m.Member(inc, f"name{inc}", inc in registered) for inc in (*members, READER))
         said = self.hear(COORDINATOR, m.View(RUN, self.epoch, self.mode, self.staleness, filler, quorum, rows))
         for worker in (*members, READER):
-            self.hear(peer_of(worker), m.Hello(worker, self.epoch))
+            self.hear(peer_of(worker), m.Hello(worker, RUN, self.epoch))
         return said
 
     def do(self, kind: Any, worker: int, *fields: Any) -> list[Any]:
@@ -140,11 +140,11 @@ class ShardBench(Bench):
     ) -> list[Any]:
         """A gradient of block 0, or none."""
         blocks, buffers = ((0,), (floats(*values),)) if values else ((), ())
-        return self.do(m.Push, worker, clock, advance, examples, hyper, blocks, (), buffers)
+        return self.do(m.Push, worker, clock, advance, examples, hyper, 0, blocks, (), buffers)
 
     def pull(self, worker: int, clock: int = 0, after: int = 0, since: int = 0, blocks: Any = ()) -> list[Any]:
         self.requests += 1
-        return self.hear(peer_of(worker), m.Pull(worker, SHARD, self.requests, clock, after, since, blocks))
+        return self.hear(peer_of(worker), m.Pull(worker, SHARD, self.requests, clock, after, since, 0, blocks))
 
     def report(self) -> m.Report:
         return only(m.Report, self.after(1.0))

@@ -17,11 +17,12 @@ from shoal.protocol.layout import MIN_BLOCK_BYTES, lay_out
 from shoal.protocol.model import ModelSpec, Tensor
 from shoal.protocol.rules import SGD
 from shoal.worker.calls import Part, PullCalled, PushCalled
-from shoal.worker.fleet import PART_BYTES, PROBE_EVERY, WARN_EVERY, Fleet, packed
+from shoal.worker.fleet import PROBE_EVERY, WARN_EVERY, Fleet
 from shoal.worker.outgoing import Outgoing
+from shoal.worker.parts import PART_BYTES, packed
 from shoal.worker.stats import Stats
 
-ME, TIMEOUT = 1, 10.0
+ME, RUN, TIMEOUT = 1, 7, 10.0
 ENTERER = 50
 
 
@@ -43,7 +44,7 @@ class Bench:
         self.noted: list[str] = []
         self.opened: list[Open] = []
         self.fleet.begin(ME, ShoalError("evicted"))
-        self.fleet.joined(1, [place(index) for index in range(shards)], self.now)
+        self.fleet.joined(RUN, 1, [place(index) for index in range(shards)], self.now)
         for index in range(shards):
             self.fleet.linked(index, self.now)
         self.hear(*((index, m.Greeting(ME, 900 + index, index)) for index in range(shards)))
@@ -110,7 +111,7 @@ class Bench:
         return self.look()
 
     def values(self, index: int, request: int, min_clock: int = 0) -> tuple[int, m.Values]:
-        return index, m.Values(ME, 900 + index, request, 0, 1, 5, min_clock, (index,), (bytes(4096),))
+        return index, m.Values(ME, 900 + index, request, 0, 1, 5, min_clock, 0, (index,), (bytes(4096),))
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def test_a_restarted_shard_is_a_new_stream(bench: Bench, greeted: bool) -> None:
         ]
     said = bench.hear((0, m.Greeting(ME, 990, 0)))
 
-    assert [m.Pull(ME, 990, 1, 2, 0, 0, ()), m.Start(ME, 990, 1, 2)] == [
+    assert [m.Pull(ME, 990, 1, 2, 0, 0, 0, ()), m.Start(ME, 990, 1, 2)] == [
         message for index, message in said if index == 0
     ]
     assert [ServerLost] * 2 == [type(bench.ended[ticket]) for ticket in (7, 8)]
@@ -226,9 +227,9 @@ def test_shards_that_move(bench: Bench) -> None:
     said = bench.look()
 
     assert [Open(0, "elsewhere", 1000, "")] == bench.opened
-    assert [(1, m.Hello(ME, 1))] == said
+    assert [(1, m.Hello(ME, RUN, 1))] == said
     bench.fleet.linked(0, bench.now)
-    assert [(0, m.Hello(ME, 1))] == bench.look()
+    assert [(0, m.Hello(ME, RUN, 1))] == bench.look()
     said = bench.hear((0, m.Greeting(ME, 900, 0)), (1, m.Greeting(ME, 991, 1)))
     assert {(0, "Pull"), (1, "Pull"), (0, "Start"), (1, "Start")} == {
         (index, type(message).__name__) for index, message in said

@@ -21,7 +21,7 @@ from shoal.protocol.frames import MAX_BUFFER, MAX_BUFFERS, MAX_HEADER, buffer_co
 
 KINDS: tuple[type[Any], ...] = get_args(m.Message)
 HAVE_BUFFERS = {kind for kind in KINDS if any(field.name == "buffers" for field in fields(kind))}
-ONE_BUFFER = (m.Register, m.Model, m.Answer, m.Echo, m.Echoed)
+ONE_BUFFER = (m.Register, m.Model, m.Share, m.Answer, m.Echo, m.Echoed)
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
@@ -70,9 +70,9 @@ def instances(draw: Callable[[Any], Any], kind: type[Any]) -> Any:
         count = len(values["blocks"])
         ranges = draw(st.just(()) | st.lists(st.integers(0, 9), min_size=count, max_size=count).map(tuple))
         values["ranges"] = ranges if any(ranges) else ()
-        count += bool(values["ranges"])
+        count = bool(values["ranges"]) + (0 if values["region"] else count)
     elif kind in HAVE_BUFFERS:
-        count = 1 if kind in ONE_BUFFER else len(values["blocks"])
+        count = 1 if kind in ONE_BUFFER else 0 if values.get("region") else len(values["blocks"])
     if kind in HAVE_BUFFERS:
         values["buffers"] = tuple(draw(payload) for _ in range(count))
     return kind(**values)
@@ -266,8 +266,8 @@ def test_a_number_that_is_for_people_may_be_nan() -> None:
     assert math.isnan(found.stats[0][1])
     for message in (
         m.ShardWelcome(1, 2, 3, math.nan),
-        m.Push(1, 2, 3, 4, True, math.nan, (), (), (), ()),
-        m.Push(1, 2, 3, 4, True, 1.0, ((math.nan,),), (), (), ()),
+        m.Push(1, 2, 3, 4, True, math.nan, (), 0, (), (), ()),
+        m.Push(1, 2, 3, 4, True, 1.0, ((math.nan,),), 0, (), (), ()),
     ):
         with pytest.raises(ProtocolError):
             decode(encode(message))
@@ -279,7 +279,7 @@ def test_ranges_that_do_not_fit_the_blocks_are_refused(ranges: tuple[int, ...]) 
     buffers = tuple(bytes(8) for _ in range(3))
 
     with pytest.raises(ProtocolError) as refused:
-        decode(encode(m.Push(1, 2, 3, 4, True, 1.0, (), (7, 8), ranges, buffers)))
+        decode(encode(m.Push(1, 2, 3, 4, True, 1.0, (), 0, (7, 8), ranges, buffers)))
     assert "malformed" == refused.value.reason
 
 

@@ -90,8 +90,10 @@ def test_one_worker_equals_plain_torch(name: str) -> None:
 def wrapped() -> Iterator[tuple[shoal.Worker, Net, Any]]:
     """A wrapped SGD for tests of the surface."""
     _, net = nets()
-    with shoal.LocalCluster() as cluster, shoal.connect(cluster.join) as worker:
-        yield worker, net, worker.optimizer(torch.optim.SGD(net.parameters(), lr=0.1), net)
+    with pytest.MonkeyPatch.context() as patch, shoal.LocalCluster() as cluster:
+        patch.setenv("SHOAL_TRANSPORT", "tcp")  # shared memory is kept from its first use on: no leak of a test's
+        with shoal.connect(cluster.join) as worker:
+            yield worker, net, worker.optimizer(torch.optim.SGD(net.parameters(), lr=0.1), net)
 
 
 def test_it_is_an_optimizer(wrapped: tuple[shoal.Worker, Net, Any]) -> None:

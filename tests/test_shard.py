@@ -50,7 +50,7 @@ def test_an_older_view_is_ignored(run: int, epoch: int) -> None:
     report = only(m.Report, bench.hear(COORDINATOR, m.View(run, epoch, "sync", inf, 2, 0, ())))
 
     assert 2 == report.epoch
-    assert ["Greeting"] == kinds(bench.hear(peer_of(1), m.Hello(1, 2)))
+    assert ["Greeting"] == kinds(bench.hear(peer_of(1), m.Hello(1, RUN, 2)))
 
 
 def test_a_new_run_begins_to_count_again() -> None:
@@ -61,7 +61,7 @@ def test_a_new_run_begins_to_count_again() -> None:
     bench.hear(COORDINATOR, m.ShardWelcome(SHARD, RUN + 1, 0, 15.0))
     assert ["Ack"] == kinds(bench.push(1, 1, -1.0, 0.0)), "without a coordinator pushes go on (§3.3.5)"
     bench.hear(COORDINATOR, m.View(RUN + 1, 1, "async", 0.0, 0, 0, (m.Member(READER, "reader", False),)))
-    bench.hear(peer_of(READER), m.Hello(READER, 1))
+    bench.hear(peer_of(READER), m.Hello(READER, RUN + 1, 1))
 
     assert [m.Evicted(1)] == bench.push(1, 2, -1.0, 0.0)
     assert [5.0, 0.0] == bench.weights
@@ -70,8 +70,8 @@ def test_a_new_run_begins_to_count_again() -> None:
 def test_a_hello_waits_for_its_view() -> None:
     """A shard whose view is older than the epoch in `Hello` answers when that view arrives (§3.1.3)."""
     bench = ShardBench()
-    assert [] == bench.hear(peer_of(5), m.Hello(5, 3))
-    assert [] == bench.hear(peer_of(6), m.Hello(6, 3))
+    assert [] == bench.hear(peer_of(5), m.Hello(5, RUN, 3))
+    assert [] == bench.hear(peer_of(6), m.Hello(6, RUN, 3))
     bench.view((1, 2))
     assert m.Greeting(5, SHARD, 0) not in [message for _, message in bench.sent]
 
@@ -83,7 +83,7 @@ def test_a_hello_waits_for_its_view() -> None:
 def test_it_serves_those_in_its_view_and_no_others() -> None:
     """`Evicted` for who is not in the view, `Stranger` for who has no stream at this shard (§3.2.2)."""
     bench = ShardBench()
-    for message in (m.Probe(8, SHARD), m.Enter(8, SHARD, 1), m.Pull(8, SHARD, 1, 0, 0, 0, ())):
+    for message in (m.Probe(8, SHARD), m.Enter(8, SHARD, 1), m.Pull(8, SHARD, 1, 0, 0, 0, 0, ())):
         assert [m.Evicted(8)] == bench.hear(peer_of(8), message)
     assert [m.Stranger(1, SHARD)] == bench.hear(peer_of(1), m.Enter(1, SHARD - 1, 2))
 
@@ -146,7 +146,7 @@ def test_an_update_is_applied_once(order: list[int], more: list[int]) -> None:
     seen: set[int] = set()
     for number in [*more, *order, *more, *sorted(order)]:
         value = float(2**number)
-        push = m.Push(2, SHARD, number, 0, False, 1.0, (), (0,), (), (floats(-value, 0.0),))
+        push = m.Push(2, SHARD, number, 0, False, 1.0, (), 0, (0,), (), (floats(-value, 0.0),))
         ack = only(m.Ack, bench.hear(peer_of(2), push))
         before = next(n for n in range(9) if n + 1 not in seen)
         seen |= {number} if number == before + 1 else set()
@@ -344,7 +344,7 @@ def test_what_does_not_belong_here_is_counted() -> None:
     """What a shard never accepts, or not from this party, is counted; another version is told of ours (MUST, §2.2.4, §2.4)."""
     bench = ShardBench()
     assert [] == bench.hear(peer_of(1), m.Evicted(SHARD))
-    assert [] == bench.hear(COORDINATOR, m.Hello(1, 1))
+    assert [] == bench.hear(COORDINATOR, m.Hello(1, RUN, 1))
     assert [] == bench.event(Unreadable(peer_of(1), "garbage"))
     (refusal,) = bench.event(Unreadable(peer_of(1), "version"))
 

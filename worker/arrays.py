@@ -21,13 +21,14 @@ from ..protocol.layout import Block, Layout, Piece
 from ..protocol.messages import Buffer
 from ..protocol.model import ITEMSIZE, Tensor
 from .calls import Part
+from .finite import all_finite
+from .region import NUMPY, Region
 
 Array: TypeAlias = Any
 """A numpy array or a torch tensor of float32, float64, float16 or bfloat16."""
 
 Bits: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
-_NUMPY = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": np.uint16}
 PART_BYTES = 4 * 1024 * 1024
 
 
@@ -94,6 +95,15 @@ class Template:
         self._torch = is_torch(array)
         self._dtype, self._shape = array.dtype, tuple(array.shape)
 
+    def view(self, values: Bits) -> Array:
+        """The values, flat, as an array like the one registered. It shares their memory."""
+        if self._torch:
+            import torch
+
+            flat = values.view(np.int16) if self._dtype is torch.bfloat16 else values
+            return torch.from_numpy(flat).view(self._dtype).view(self._shape)
+        return values.view(self._dtype).reshape(self._shape)
+
     def make(self, values: Bits) -> Array:
         """A new array with these values; `values` is flat and is copied."""
         if self._torch:
@@ -106,13 +116,17 @@ class Template:
 
 
 class Cache:
-    """A worker's copy of the model, flat by flat, and which version of each shard it is of."""
+    """A worker's copy of the model, flat by flat, and which version of each shard it is of.
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+    Args:
+        region: to hold it, where shards of this machine may write; without one it is in this process's own memory.
+    """
+
+    def __init__(self, layout: Layout, region: Region | None = None) -> None:
+        self.layout, self.region = layout, region
         self.held: dict[int, tuple[int, int]] = {}
         """By shard, the incarnation and version that every block here is of."""
-        self._flats = [np.zeros(flat.elements, _NUMPY[flat.dtype]) for flat in layout.flats]
+        self._flats = _flats(layout, region)
         self._where: dict[str, tuple[int, Piece]] = {}
         for number, flat in enumerate(layout.flats):
             for piece in flat.pieces:
@@ -120,6 +134,15 @@ class Cache:
         self._blocks_of_flat: list[list[Block]] = [[] for _ in layout.flats]
         for block in layout.blocks:
             self._blocks_of_flat[block.flat].append(block)
+
+    def move(self, region: Region | None) -> Region | None:
+        """Go on in another region, or without one: a shard may yet write to the old one. Returns that."""
+        before, self.region = self.region, region
+        old, self._flats = self._flats, _flats(self.layout, region)
+        for flat, values in zip(self._flats, old, strict=True):
+            np.copyto(flat, values)
+        self.held.clear()  # some of it may be newer than was said
+        return before
 
     def tensor(self, name: str) -> Tensor:
         """
@@ -172,15 +195,26 @@ class Cache:
 
 
 class Gather:
-    """Flat vectors that a push is gathered in. They belong to the push until it is acknowledged."""
+    """Flat vectors that a push is gathered in. They belong to the push until it is acknowledged.
 
-    def __init__(self, cache: Cache) -> None:
-        self._cache = cache
-        self._flats = [np.empty(flat.elements, _NUMPY[flat.dtype]) for flat in cache.layout.flats]
+    Args:
+        region: to hold them, where shards of this machine can read.
+    """
+
+    def __init__(self, cache: Cache, region: Region | None = None) -> None:
+        self._cache, self.region = cache, region
+        self._flats = _flats(cache.layout, region)
+        self.views: dict[str, Array] = {}
+        """Arrays that a caller may write its gradients to, by name, instead of having them copied."""
         self._spans: dict[int, list[tuple[int, int]]] = {}
         self._names: tuple[str, ...] = ()
         self._parts: tuple[Part, ...] | None = None
         """What `parts` said last, while it holds."""
+
+    @property
+    def number(self) -> int:
+        """The region's; 0 without one."""
+        return self.region.number if self.region else 0
 
     @property
     def nbytes(self) -> int:
@@ -193,11 +227,15 @@ class Gather:
             ShapeError: a name, shape or dtype is not as registered.
             NonFiniteError: with `check`, a gradient holds NaN or infinity; names the tensor.
         """
+        if arrays is self.views:
+            return self._put_all(check)
         names = tuple(arrays)
         if names != self._names:
             self._names, self._parts = names, None
         self._spans = {}
         for name, array in arrays.items():
+            if self.views.get(name) is array:
+                continue
             wanted, found = self._cache.tensor(name), describe(name, array)
             if (wanted.dtype, wanted.shape) != (found.dtype, found.shape):
                 raise ShapeError(
@@ -206,14 +244,42 @@ class Gather:
         for name, array in arrays.items():
             flat, piece = self._cache._where[name]
             target = self._flats[flat][piece.start : piece.stop]
-            target[...] = bits(array)
+            if self.views.get(name) is not array:
+                target[...] = bits(array)
             if check and not all_finite(target, self._cache.tensor(name).dtype):
-                raise NonFiniteError(
-                    f"the gradient of {name!r} holds NaN or infinity",
-                    cause="too large a learning rate, or a division by zero in the loss",
-                    hint="--nonfinite skip on the server to leave such steps out",
-                )
+                raise self._nonfinite(name)
             self._spans.setdefault(flat, []).append((piece.start, piece.stop))
+
+    def _put_all(self, check: bool) -> None:
+        """The caller has written the whole of it."""
+        layout = self._cache.layout
+        self._names, self._parts = (), self._parts if self._names == () else None
+        self._spans = {number: [(0, flat.elements)] for number, flat in enumerate(layout.flats)}
+        if check and not all(all_finite(f, flat.dtype) for f, flat in zip(self._flats, layout.flats, strict=True)):
+            raise self._nonfinite(
+                next(
+                    layout.spec.tensors[piece.tensor].name
+                    for number, flat in enumerate(layout.flats)
+                    for piece in flat.pieces
+                    if not all_finite(self._flats[number][piece.start : piece.stop], flat.dtype)
+                )
+            )
+
+    def view(self, templates: Mapping[str, Template]) -> dict[str, Array]:
+        """Arrays like those registered, of which a push needs no copy."""
+        if not self.views:
+            for name, template in templates.items():
+                flat, piece = self._cache._where[name]
+                self.views[name] = template.view(self._flats[flat][piece.start : piece.stop])
+        return self.views
+
+    @staticmethod
+    def _nonfinite(name: str) -> NonFiniteError:
+        return NonFiniteError(
+            f"the gradient of {name!r} holds NaN or infinity",
+            cause="too large a learning rate, or a division by zero in the loss",
+            hint="--nonfinite skip on the server to leave such steps out",
+        )
 
     def parts(self) -> tuple[Part, ...]:
         """What was put in, as messages to shards: views of the flats where a block is pushed whole or in one run."""
@@ -273,6 +339,10 @@ class Gather:
         return Part(shard, blocks, tuple(counts), (np.array(pairs, "<u4").tobytes(), *buffers))
 
 
+def _flats(layout: Layout, region: Region | None) -> list[Bits]:
+    return region.flats if region else [np.zeros(flat.elements, NUMPY[flat.dtype]) for flat in layout.flats]
+
+
 def merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Ranges in ascending order, those that touch made one; empty ones left out."""
     runs: list[tuple[int, int]] = []
@@ -284,13 +354,3 @@ def merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             runs.append((start, stop))
     return runs
-
-
-def all_finite(values: Bits, dtype: str) -> bool:
-    """Are all values finite? A sum is one pass at memory speed and shows NaN and infinity; only then is each looked at."""
-    if dtype == "bfloat16":
-        return not bool(np.any((values & 0x7F80) == 0x7F80))
-    with np.errstate(all="ignore"):
-        return bool(np.isfinite(values.sum(dtype=np.float64 if dtype == "float16" else None))) or bool(
-            np.isfinite(values).all()
-        )

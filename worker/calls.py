@@ -45,14 +45,38 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareCalled:
+    """Offer a region to the shards of this machine. Resolved when all have answered: by shard, why not, or ""."""
+
+    ticket: int
+    region: int
+    pid: int
+    fd: int
+    size: int
+    token: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UnshareCalled:
+    """A region is used no more."""
+
+    region: int
+
+
+@dataclass(frozen=True, slots=True)
 class PushCalled:
-    """Push, and with `advance` finish the step. Resolved (None) when every shard has applied it."""
+    """Push, and with `advance` finish the step. Resolved (None) when every shard has applied it.
+
+    Args:
+        region: the region that the parts' buffers lie in, at their blocks' places; 0: anywhere.
+    """
 
     ticket: int
     parts: tuple[Part, ...]
     advance: bool
     examples: float
     hyper: tuple[tuple[float, ...], ...]
+    region: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +86,18 @@ class PullCalled:
     Args:
         blocks: by shard; an empty tuple means all blocks of that shard.
         held: by shard, the incarnation and version that the caller has all blocks of.
+        region: where shards of this machine may write them; 0: nowhere.
     """
 
     ticket: int
     blocks: Mapping[int, tuple[int, ...]]
     held: Mapping[int, tuple[int, int]]
+    region: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """An answer: the blocks that had changed, and by shard the incarnation and version that they are of.
+    """An answer: the blocks that had changed, but for those written to the region, and by shard the incarnation and version of all.
 
     Args:
         clock, min_clock: the reader's clock, and the least of all, when it was answered.
@@ -165,6 +191,8 @@ class Cancelled:
 Call: TypeAlias = (
     OpenCalled
     | RegisterCalled
+    | ShareCalled
+    | UnshareCalled
     | PushCalled
     | PullCalled
     | PauseCalled

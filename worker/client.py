@@ -12,10 +12,8 @@ import atexit
 import contextlib
 import os
 import socket
-import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -30,13 +28,15 @@ from ..protocol.errors import (
     WaitTimeout,
 )
 from ..protocol.join import MAX_NAME, JoinAddress, is_name, key_text
-from ..protocol.messages import Place
 from ..protocol.model import ModelSpec, Tensor
+from ..protocol.records import Place
 from ..protocol.rules import Rule
 from . import calls
-from .arrays import Array, Cache, Gather, Template, bits, describe, write
+from .arrays import Array, Cache, Template, describe, write
+from .buffers import Buffers
 from .core import Core
 from .data import Partition
+from .exchange import Exchange, first_values
 from .loop import Loop, Ticket
 from .stats import Stats
 
@@ -49,8 +49,6 @@ CONNECT_TIMEOUT = 60.0
 WAIT_TIMEOUT = 600.0
 CLOSE_TIMEOUT = 10.0
 MOST_LOGGED = 256
-MOST_IN_FLIGHT = 256 * 1024 * 1024
-"""Bytes pushed and not acknowledged over which `push` waits for the oldest."""
 
 
 class Worker:
@@ -62,6 +60,7 @@ class Worker:
         attempt: how often a supervisor has restarted it.
         timeout: seconds to find the servers in.
         wait_timeout: seconds after which any other call ends in `WaitTimeout`, unless it says otherwise.
+        transport: `shm` shares memory with the servers, which must be on this machine; `tcp` does not; `auto` where it can be.
 
     Raises:
         NoServerError: nobody answers at the address in time.
@@ -77,6 +76,7 @@ class Worker:
         attempt: int = 0,
         timeout: float = CONNECT_TIMEOUT,
         wait_timeout: float = WAIT_TIMEOUT,
+        transport: str = "auto",
     ) -> None:
         host = socket.gethostname()
         self.name = _checked_name(name) or f"{host[:64]}-{os.getpid()}-{os.urandom(2).hex()}"
@@ -85,12 +85,8 @@ class Worker:
         who = (self.name, attempt, host, os.getpid())
         self._core = Core(Place(0, 0, address.host, address.port, key), who, _random)
         self._loop = Loop(self._core, address.secret, wait_timeout)
-        self._cache: Cache | None = None
-        self._cache_lock = threading.Lock()
-        self._templates: dict[str, Template] = {}
-        self._gather_lock = threading.Lock()
-        self._fetch_lock = threading.Lock()
-        self._gathers: deque[tuple[Ticket, Gather]] = deque()
+        self._exchange = Exchange(self._loop, self._core.stats, transport)
+        self._buffers = Buffers(self._exchange)
         self._examples = 0.0
         self._step_examples: list[float] = []
         self._jobs = 0
@@ -173,24 +169,28 @@ class Worker:
     ) -> Cache:
         """`arrays`: by name, with the number of the group."""
         spec = ModelSpec(tuple(describe(name, array, group) for name, (array, group) in arrays.items()), groups)
-        first = {name: bits(array).copy() for name, (array, _) in arrays.items()} if self._cache is None else {}
+        exchange = self._exchange
+        first = first_values({name: array for name, (array, _) in arrays.items()}) if exchange.cache is None else {}
 
-        def cache() -> (
-            Cache
-        ):  # made when the layout is known: in the loop if this worker is to fill a shard, else below
-            with self._cache_lock:
-                if self._cache is None:
-                    assert self._core.layout is not None
-                    self._cache = Cache(self._core.layout)
-                    for name, array in first.items():
-                        self._cache.set(name, array)
-                    first.clear()
-                return self._cache
+        def cache() -> Cache:
+            assert self._core.layout is not None
+            return exchange.begin(self._core.layout, first)
 
         ticket = self._loop.call(calls.RegisterCalled, spec.description, lambda block: cache().block(block))
-        self._result(ticket, timeout)
-        self._templates = {name: Template(array) for name, (array, _) in arrays.items()}
+        self._loop.result(ticket, timeout)
+        cache()
+        exchange.registered({name: Template(array) for name, (array, _) in arrays.items()})
         return cache()
+
+    @property
+    def buffers(self) -> Buffers:
+        """The arrays that pulls and pushes need no copy for.
+
+        Raises:
+            ConfigError: nothing is registered.
+        """
+        self._registered()
+        return self._buffers
 
     def pull(
         self,
@@ -213,41 +213,20 @@ class Worker:
             WaitTimeout: another worker is too slow, in this time. ServerLost: a shard does not answer.
         """
         cache = self._registered()
-        wanted = _names(names, out, self._templates)
+        if out is not None and out is self._buffers.weights and names is None:
+            with self._exchange.fetched(None, timeout):
+                return dict(out)
+        wanted = _names(names, out, self._exchange.templates)
         if out is not None:
             for name in wanted:
                 _check_out(cache.tensor(name), describe(name, out[name]))
         partial = None if len(wanted) == len(cache.layout.spec.tensors) else wanted
-        self._fetch(cache, partial, timeout)
-        started = time.perf_counter()
-        with self._cache_lock:
-            if out is not None:
-                for name in wanted:
-                    write(out[name], cache.values(name))
-                found = {name: out[name] for name in wanted}
-            else:
-                found = {name: self._templates[name].make(cache.values(name)) for name in wanted}
-        self._core.stats.seconds["apply"] += time.perf_counter() - started
-        return found
-
-    def _fetch(self, cache: Cache, names: Iterable[str] | None, timeout: float | None) -> None:
-        """Bring the cache up to date. One pull at a time: an older answer must not overwrite a newer one."""
-        started = time.perf_counter()
-        if not self._fetch_lock.acquire(timeout=self._loop.patience(timeout)):
-            raise WaitTimeout("another thread's pull is not done", hint="a longer timeout")
-        try:
-            ticket = self._loop.call(calls.PullCalled, cache.shards(names), dict(cache.held))
-            pulled: calls.Pulled = self._result(ticket, timeout)
-            waited = time.perf_counter()
-            with self._cache_lock:
-                cache.load(pulled.blocks)
-                if names is None:
-                    cache.held.update(pulled.versions)
-        finally:
-            self._fetch_lock.release()
-        stats = self._core.stats
-        stats.seconds["pull"] += waited - started
-        stats.seconds["apply"] += time.perf_counter() - waited
+        with self._exchange.fetched(partial, timeout):
+            if out is None:
+                return {name: self._exchange.templates[name].make(cache.values(name)) for name in wanted}
+            for name in wanted:
+                write(out[name], cache.values(name))
+            return {name: out[name] for name in wanted}
 
     def push(
         self, arrays: Mapping[str, Array], *, examples: float | None = None, timeout: float | None = None
@@ -289,45 +268,35 @@ class Worker:
         hyper: tuple[tuple[float, ...], ...],
         timeout: float | None,
     ) -> Ticket:
-        cache = self._registered()
+        self._registered()
         started = time.perf_counter()
         self._be_counted_in(timeout)
-        with self._gather_lock:
-            gather = self._gather(cache, timeout)
+        gathers = self._exchange.gathers
+        gather = self._exchange.gather(arrays, timeout)
         skip = self._core.welcome is not None and self._core.welcome.nonfinite == "skip"
         weight = self._step_weight(examples)
         try:
             gather.put(arrays, check=True)
             parts = gather.parts()
         except NonFiniteError:
-            self._gathers.append((_done_ticket(self._loop), gather))
+            gathers.append((_done_ticket(self._loop), gather))
             if not skip:
                 raise
             self._core.stats.skipped += 1
             parts, weight = (), 0.0
         except ShapeError:
-            self._gathers.append((_done_ticket(self._loop), gather))
+            gathers.append((_done_ticket(self._loop), gather))
             raise
         if weight:
             self._step_examples.append(weight)
-        ticket = self._loop.call(calls.PushCalled, parts, advance, self._weight(examples) if advance else weight, hyper)
-        self._gathers.append((ticket, gather))
+        ticket = self._loop.call(
+            calls.PushCalled, parts, advance, self._weight(examples) if advance else weight, hyper, gather.number
+        )
+        gathers.append((ticket, gather))
         if advance:
             self._step_over()
         self._core.stats.seconds["push"] += time.perf_counter() - started
         return ticket
-
-    def _gather(self, cache: Cache, timeout: float | None) -> Gather:
-        """Flat vectors that no unacknowledged push needs; waits if too much is under way."""
-        in_flight = [gather.nbytes for ticket, gather in list(self._gathers) if not ticket.over]
-        if len(in_flight) >= 2 and sum(in_flight) > MOST_IN_FLIGHT:
-            with contextlib.suppress(ShoalError):  # the ticket's owner is told
-                self._loop.wait(self._gathers[0][0], timeout)
-        while self._gathers and self._gathers[0][0].over:
-            ticket, gather = self._gathers.popleft()
-            if not ticket.failed:  # what failed may wait in a stream, to be sent when the shard is back
-                return gather
-        return Gather(cache)
 
     def _step_weight(self, examples: float | None) -> float:
         """The weight of one push."""
@@ -348,17 +317,18 @@ class Worker:
         self._step_examples.clear()
 
     def _registered(self) -> Cache:
-        if self._cache is None:
+        cache = self._exchange.cache
+        if cache is None:
             raise ConfigError(
                 "no model is registered",
                 hint="worker.register({…}, optimizer=shoal.SGD(lr=0.1)) or worker.optimizer(opt, model)",
             )
-        return self._cache
+        return cache
 
     def _be_counted_in(self, timeout: float | None) -> None:
         """After a rest, or another life, be in the clocks again before anything is pushed: it would be lost."""
-        if self._cache is not None and not self._core.fleet.running:
-            self._result(self._loop.call(calls.ResumeCalled), timeout)
+        if self._exchange.cache is not None and not self._core.fleet.running:
+            self._loop.result(self._loop.call(calls.ResumeCalled), timeout)
 
     # --- torch
 
@@ -410,13 +380,13 @@ class Worker:
         return Partition(self, data, batch_size, epochs, shuffle, seed, partition_size, name)
 
     def _declare(self, job: str, length: int, batch: int, size: int, seed: int, epoch: int) -> None:
-        self._result(self._loop.call(calls.DeclareCalled, job, length, batch, size, seed, epoch), None)
+        self._loop.result(self._loop.call(calls.DeclareCalled, job, length, batch, size, seed, epoch), None)
 
     def _claim(self, job: str, epochs: int) -> calls.Lease | None:
         """The next range, or None when all epochs are complete. Comes back counted in, with fresh weights if it was not."""
         started = time.perf_counter()
-        lease: calls.Lease | None = self._result(self._loop.call(calls.ClaimCalled, job, epochs), None)
-        if lease is not None and self._cache is not None and not self._core.fleet.running:
+        lease: calls.Lease | None = self._loop.result(self._loop.call(calls.ClaimCalled, job, epochs), None)
+        if lease is not None and self._exchange.cache is not None and not self._core.fleet.running:
             self._be_counted_in(None)
             self._refresh()
         self._core.stats.seconds["data"] += time.perf_counter() - started
@@ -424,7 +394,7 @@ class Worker:
 
     def _rest(self) -> None:
         """No data is left: hold nobody up, and end with the weights that all finished steps have made."""
-        if self._cache is not None:
+        if self._exchange.cache is not None:
             self._loop.tell(calls.PauseCalled())
             self._refresh()
 
@@ -457,7 +427,9 @@ class Worker:
 
     def drain(self, timeout: float | None = None) -> None:
         """Wait until everything pushed so far is acknowledged, or has failed."""
-        for ticket in [ticket for ticket, _ in list(self._gathers)] + ([self._last_push] if self._last_push else []):
+        for ticket in [ticket for ticket, _ in list(self._exchange.gathers)] + (
+            [self._last_push] if self._last_push else []
+        ):
             self._loop.wait(ticket, timeout)
 
     def close(self) -> None:
@@ -471,6 +443,7 @@ class Worker:
                 self._loop.call(calls.CloseCalled).result(CLOSE_TIMEOUT / 2)
         finally:
             self._loop.close()
+            self._exchange.close()
             if self._on_exit is not None:
                 self._on_exit()
 
@@ -484,15 +457,6 @@ class Worker:
 
     def __repr__(self) -> str:
         return f"<shoal.Worker {self.name!r} clock={self._core.stats.clock} mode={self.mode}>"
-
-    def _result(self, ticket: Ticket, timeout: float | None) -> Any:
-        """The answer; a call that nobody waits for any more is taken back."""
-        try:
-            return ticket.result(timeout)
-        except BaseException:
-            if not ticket.over and self._loop.usable:
-                self._loop.tell(calls.Cancelled(ticket.number))
-            raise
 
 
 def _names(names: str | Iterable[str] | None, out: Mapping[str, Array] | None, known: Mapping[str, Any]) -> list[str]:

@@ -34,7 +34,6 @@ from ..protocol.messages import (
     Leave,
     Left,
     Message,
-    Place,
     Refused,
     Register,
     Registered,
@@ -44,6 +43,7 @@ from ..protocol.messages import (
     Welcome,
 )
 from ..protocol.model import read_model
+from ..protocol.records import Place
 from . import calls
 from .calls import Call
 from .desk import RETRY, Ask, Desk
@@ -103,7 +103,8 @@ class Core:
         self._progress: dict[int, int] = {}
         self._logged: dict[str, float] = {}
         self._epoch = 0
-        self._join_at = self._renew_at = self._warn_at = -inf
+        self._join_at = self._renew_at = self._warn_at = self._began_at = -inf
+        self._lease = 0.0
         self._linked_to_coordinator = False
         self._heard_at = 0.0
         self._owed_since: float | None = None
@@ -170,6 +171,12 @@ class Core:
 
     def _pull(self, call: calls.PullCalled) -> None:
         self.fleet.pull(call, self._now)
+
+    def _share(self, call: calls.ShareCalled) -> None:
+        self.fleet.offers.share(call)
+
+    def _unshare(self, call: calls.UnshareCalled) -> None:
+        self.fleet.offers.unshare(self.incarnation, call.region, list(self.fleet.links.values()))
 
     def _pause(self, _: calls.PauseCalled) -> None:
         self.fleet.pause()
@@ -240,11 +247,11 @@ class Core:
             case Welcome() if self.phase is Phase.JOINING:
                 if self._run not in (0, message.run):
                     self._declare_again()
-                self._run = message.run
+                self._run, self._lease = message.run, message.lease
                 self.phase, self.welcome, self._epoch = Phase.JOINED, message, message.epoch
                 self._renew_at, self._waiting = self._now + self._renew_every, None
                 self._check_keys(message.shards)
-                self.fleet.joined(message.epoch, message.shards, self._now)
+                self.fleet.joined(message.run, message.epoch, message.shards, self._now)
             case Renewed():
                 self._confirmed = self._snapshot
             case Cluster() if message.epoch >= self._epoch and self.phase is Phase.JOINED:
@@ -279,6 +286,8 @@ class Core:
         if peer != COORDINATOR:
             return self.fleet.refused_pull(peer, message.request, message.text)
         if message.request == 0:
+            if message.code == "name" and self.stats.evictions and self._now - self._began_at < 2 * self._lease:
+                return  # our own last life, whose last words are still under way; its lease will end
             if self.phase is Phase.JOINING:
                 text = f"the server refused this worker: {message.text}"
                 self._fail_session(ConfigError(text, hint="give it another name, or none"))
@@ -347,7 +356,7 @@ class Core:
 
     def _begin(self) -> None:
         """A new incarnation joins."""
-        self.incarnation = self._entropy()
+        self.incarnation, self._began_at = self._entropy(), self._now
         self.phase, self.welcome, self._registering = Phase.JOINING, None, 0
         self.fleet.begin(self.incarnation, self._evicted_error())
         self._desk.carry_over()
@@ -503,6 +512,8 @@ def _complete(lease: int, done: int) -> Callable[[int, int], Message]:
 _CALLS: dict[type[Call], Callable[[Core, Any], None]] = {
     calls.OpenCalled: Core._open,
     calls.RegisterCalled: Core._register,
+    calls.ShareCalled: Core._share,
+    calls.UnshareCalled: Core._unshare,
     calls.PushCalled: Core._push,
     calls.PullCalled: Core._pull,
     calls.PauseCalled: Core._pause,

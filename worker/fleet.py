@@ -8,12 +8,11 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
 from ..protocol.errors import NonFiniteError, ServerLost, ShapeError, ShoalError
-from ..protocol.frames import payload_bytes
 from ..protocol.layout import Layout
 from ..protocol.messages import (
     Ack,
@@ -25,22 +24,24 @@ from ..protocol.messages import (
     Hello,
     Message,
     Pause,
-    Place,
     Probe,
     Push,
+    Shared,
     Start,
     Stranger,
     Values,
 )
+from ..protocol.records import Place
 from .calls import Part, PullCalled, Pulled, PushCalled
 from .link import Link, Read
+from .offers import Offers
 from .outgoing import Outgoing
+from .parts import in_region, packed
 from .stats import Stats
 
 RETRY = 1.0
 PROBE_EVERY = 1.0
 WARN_EVERY = 10.0
-PART_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -79,13 +80,14 @@ class Fleet:
         self.enterers: list[int] = []
         """Tickets that wait for `running`."""
         self._out, self._stats = out, stats
-        self._incarnation = 0
+        self._incarnation = self._run = 0
         self._epoch: int | None = None
         self._to_fill: dict[int, int] = {}
         self._source: Callable[[int], Buffer] = lambda block: b""
         self._requests = 0
         self._pulls: dict[int, _Pulling] = {}
         self._pushes: dict[int, _Pushing] = {}
+        self.offers = Offers(out)
 
     # --- lives of the worker and of shards
 
@@ -103,9 +105,9 @@ class Fleet:
         self._to_fill.clear()
         self._stats.clock = 0
 
-    def joined(self, epoch: int, places: Iterable[Place], now: float) -> None:
+    def joined(self, run: int, epoch: int, places: Iterable[Place], now: float) -> None:
         """The coordinator has admitted this incarnation."""
-        self._epoch = epoch
+        self._run, self._epoch = run, epoch
         self.place(places, now)
 
     def place(self, places: Iterable[Place], now: float) -> None:
@@ -148,6 +150,10 @@ class Fleet:
         for index in self.participants() if call.advance else by_shard:
             link = self.links[index]
             parts = by_shard.get(index) or [Part(index, (), (), ())]
+            self._stats.bytes_pushed += sum(sum(map(len, part.buffers)) for part in parts)
+            region = call.region if link.shares(call.region) else 0
+            if region:
+                parts = in_region(parts)
             for number, part in enumerate(parts, 1):
                 push = Push(
                     self._incarnation,
@@ -157,12 +163,12 @@ class Fleet:
                     call.advance and number == len(parts),
                     call.examples,
                     call.hyper,
+                    region,
                     part.blocks,
                     part.ranges,
                     part.buffers,
                 )
                 link.outbox.add(push, call.ticket)
-                self._stats.bytes_pushed += payload_bytes(push)
                 operations += 1
         if operations:
             self._pushes[call.ticket] = _Pushing(operations)
@@ -190,6 +196,7 @@ class Fleet:
         """Nobody waits for this ticket any more."""
         self._forget_pull(ticket)
         self._pushes.pop(ticket, None)
+        self.offers.cancel(ticket)
         if ticket in self.enterers:
             self.enterers.remove(ticket)
 
@@ -266,6 +273,8 @@ class Fleet:
         pulling.versions[link.place.index] = (link.shard, values.version)
         pulling.min_clock = min(pulling.min_clock, values.min_clock)
         self._stats.bytes_pulled += sum(map(len, blocks.values()))
+        if self.layout is not None:
+            self._stats.bytes_pulled += sum(self.layout.blocks[block].nbytes for block in read.written())
         pulling.open.discard(link.place.index)
         if not pulling.open:
             del self._pulls[read.ticket]
@@ -273,6 +282,9 @@ class Fleet:
             if self.running:
                 self._stats.saw(pulling.clock - least)
             self._out.resolve(read.ticket, Pulled(pulling.blocks, pulling.versions, pulling.clock, least))
+
+    def _shared(self, link: Link, message: Shared, now: float) -> None:
+        self.offers.answered(link, message)
 
     def _alive(self, link: Link, message: Alive, now: float) -> None:
         self._clock(link, message.min_clock)
@@ -291,10 +303,11 @@ class Fleet:
             return
         for index, link in self.links.items():
             if not link.shard and link.may_ask(now, RETRY):
-                self._out.send(index, Hello(self._incarnation, self._epoch))
+                self._out.send(index, Hello(self._incarnation, self._run, self._epoch))
         if self.registered:
             self._fill()
             self._enter()
+            self.offers.pursue(self._incarnation, [self.links[i] for i in self.participants() if i in self.links], now)
             for pulling in self._pulls.values():
                 if not pulling.open and (self.running or not self.active):
                     self._issue(pulling, now)
@@ -357,7 +370,9 @@ class Fleet:
             self._requests += 1
             pulling.open.add(index)
             held = pulling.call.held.get(index, (0, 0))
-            self.links[index].reads[self._requests] = Read(pulling.call.ticket, pulling.clock, blocks, held)
+            self.links[index].reads[self._requests] = Read(
+                pulling.call.ticket, pulling.clock, blocks, held, pulling.call.region
+            )
             self._ask(self.links[index], self._requests, now)
 
     def _ask(self, link: Link, request: int, now: float) -> None:
@@ -412,12 +427,19 @@ class Fleet:
         for ticket in [*self._pushes]:
             del self._pushes[ticket]
             self._out.fail(ticket, error)
+        self.offers.fail(error)
         self._out.fail_all(self.enterers, error)
 
     @property
     def busy(self) -> bool:
         """Is a tick wanted soon?"""
-        return bool(self._pulls or self._pushes or self.enterers or any(link.busy for link in self.links.values()))
+        return bool(
+            self._pulls
+            or self._pushes
+            or self.enterers
+            or self.offers.busy
+            or any(link.busy for link in self.links.values())
+        )
 
     # --- small things
 
@@ -466,20 +488,6 @@ class Fleet:
             self._fail_pull(read.ticket, ShapeError(f"a pull was refused: {text}"))
 
 
-def packed(blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, ...]]:
-    """Blocks, given as (number, bytes), in runs that fit one message (SPEC §2.3)."""
-    run: list[int] = []
-    size = 0
-    for index, nbytes in blocks:
-        if run and (size + nbytes > PART_BYTES or len(run) == 1024):
-            yield tuple(run)
-            run, size = [], 0
-        run.append(index)
-        size += nbytes
-    if run:
-        yield tuple(run)
-
-
 def lost_error(what: str, address: str, age: float) -> ServerLost:
     return ServerLost(
         f"{what} at {address} has not answered for {age:.1f} s",
@@ -505,4 +513,5 @@ _ACTS: dict[type[Message], Callable[..., None]] = {
     Ack: Fleet._ack,
     Values: Fleet._values,
     Alive: Fleet._alive,
+    Shared: Fleet._shared,
 }

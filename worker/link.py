@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from math import inf
 
 from ..protocol.join import bracket
-from ..protocol.messages import Alive, Buffer, Place, Pull, Values
+from ..protocol.messages import (
+    Alive,
+    Buffer,
+    Pull,
+    Values,
+)
+from ..protocol.records import Place
 from .outbox import Outbox
 
 
@@ -23,6 +29,7 @@ class Read:
     clock: int
     blocks: tuple[int, ...]
     held: tuple[int, int]
+    region: int = 0
     shard: int = 0
     after: int = 0
     sent_at: float = -inf
@@ -38,8 +45,13 @@ class Read:
         return len(self.parts) == self.parts_wanted
 
     def answer(self) -> dict[int, Buffer]:
-        """The blocks that came, by number."""
-        return {b: buf for v in self.parts.values() for b, buf in zip(v.blocks, v.buffers, strict=True)}
+        """The blocks that came in buffers, by number."""
+        found = [v for v in self.parts.values() if not v.region]
+        return {b: buf for v in found for b, buf in zip(v.blocks, v.buffers, strict=True)}
+
+    def written(self) -> list[int]:
+        """The blocks that were written to the region."""
+        return [block for v in self.parts.values() if v.region for block in v.blocks]
 
 
 class Link:
@@ -64,6 +76,9 @@ class Link:
         self.entered: int | None = None
         """The least clock that the shard answered to it."""
         self.started = self.filled_by_us = False
+        self.shared: dict[int, str] = {}
+        """By region, why the shard does not share it, or ""."""
+        self.offered: dict[int, float] = {}
         self.asked_at = self.rewound_at = -inf
         self.sent_at_probe = 0
 
@@ -96,7 +111,19 @@ class Link:
             read.shard, read.after = self.shard, self.outbox.last
         read.sent_at = now
         since = read.held[1] if read.held[0] == self.shard else 0
-        return Pull(incarnation, self.shard, request, read.clock, read.after, since, read.blocks)
+        region = read.region if self.shares(read.region) else 0
+        return Pull(incarnation, self.shard, request, read.clock, read.after, since, region, read.blocks)
+
+    def shares(self, region: int) -> bool:
+        """Has this life of the shard taken the region?"""
+        return self.shared.get(region) == ""
+
+    def may_offer(self, region: int, now: float, every: float) -> bool:
+        """Is an offer of the region due? If so it counts as sent."""
+        if not self.open or region in self.shared or now - self.offered.get(region, -inf) < every:
+            return False
+        self.offered[region] = now
+        return True
 
     def rewind(self, now: float, received: int = 0, at_most_every: float = 0.0) -> int:
         """Send the stream again after `received`. Returns how many operations that are."""

@@ -23,6 +23,7 @@ import zmq
 
 from ..protocol.effects import Effect, Fail, Log, Open, Resolve, Send, Tick
 from ..protocol.errors import ShoalError
+from . import calls
 from .wires import Wires
 
 logger = logging.getLogger("shoal")
@@ -187,6 +188,15 @@ class Loop:
                 if self._close_wanted:
                     self.close()
             self._check()
+
+    def result(self, ticket: Ticket, timeout: float | None) -> Any:
+        """The answer; a call that nobody waits for any more is taken back. Raises as `Ticket.result`."""
+        try:
+            return ticket.result(timeout)
+        except BaseException:
+            if not ticket.over and self.usable:
+                self.tell(calls.Cancelled(ticket.number))
+            raise
 
     def _timed_out(self, seconds: float) -> Exception:
         self._take()

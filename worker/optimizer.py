@@ -18,7 +18,7 @@ import torch
 
 from ..protocol.errors import ConfigError, ServerLost, WorkerEvicted
 from ..protocol.rules import FLAGS, RULES, Rule
-from .arrays import Array, bits
+from .arrays import Array
 
 if TYPE_CHECKING:
     from .client import Worker
@@ -80,9 +80,8 @@ class Optimizer(torch.optim.Optimizer):
         if self._averaged:
             arrays |= {name: (buffer, len(rules)) for name, buffer in self._averaged.items()}
             rules = (*rules, Rule("mean"))
-        cache = self._worker._register(arrays, rules, None)
-        targets = self._params | self._averaged
-        self._views = [(target, _view(cache.values(name), target)) for name, target in targets.items()]
+        self._worker._register(arrays, rules, None)
+        self._targets = list((self._params | self._averaged).items())
         self._worker._refreshers.append(self._refresh)
         self._refresh()
 
@@ -137,10 +136,7 @@ class Optimizer(torch.optim.Optimizer):
             for parameter in self._params.values():
                 if parameter.grad is not None:
                     parameter.grad.div_(scale)
-        before = {
-            name: view
-            for (name, _), (_, view) in zip((self._params | self._averaged).items(), self._views, strict=True)
-        }
+        before = self._worker.buffers.weights
         self._inner.step()
         return {name: p.detach() - before[name].to(p.device) for name, p in self._params.items()} | self._averaged
 
@@ -160,11 +156,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _refresh(self) -> None:
         """Take the newest weights that the staleness rule allows."""
-        worker = self._worker
-        worker._fetch(worker._registered(), None, None)
-        with torch.no_grad(), worker._cache_lock:
-            for target, view in self._views:
-                target.copy_(view)
+        with torch.no_grad(), self._worker._exchange.fetched(None, None):
+            weights = self._worker.buffers.weights
+            for name, target in self._targets:
+                target.copy_(weights[name])
 
     # --- being an optimizer
 
@@ -222,14 +217,3 @@ def _numbers(rule: str, group: dict[str, Any]) -> tuple[float, ...]:
     missing = [name for name in RULES[rule] if name not in values]
     # Older torch lacks the newest flags; absent means off.
     return tuple(0.0 if name in missing else float(values[name]) for name in RULES[rule])
-
-
-def _view(values: Any, target: torch.Tensor) -> torch.Tensor:
-    """The cache's values as a tensor like `target`; it shares the cache's memory."""
-    flat = (
-        torch.from_numpy(values.view("int16")).view(torch.bfloat16)
-        if target.dtype is torch.bfloat16
-        else torch.from_numpy(values)
-    )
-    assert flat.numel() == bits(target).size
-    return flat.view(target.shape)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from ..protocol.effects import Effect, Fail, Log, Open, Resolve, Send
-from ..protocol.messages import Message, Place
+from ..protocol.messages import (
+    Message,
+)
+from ..protocol.records import Place
 
 
 class Outgoing:
