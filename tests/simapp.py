@@ -9,13 +9,14 @@ from math import inf
 from typing import Any
 
 import numpy as np
-from history import History, Life, PullDone, Update
+from history import History, Life, PullDone, Update, Violation
 from simnet import Faults, Node, Sim
 
 from shoal.protocol.effects import COORDINATOR, Fail, Resolve, Tick
 from shoal.protocol.errors import ServerLost, WorkerEvicted
 from shoal.protocol.messages import Place
 from shoal.protocol.model import ModelSpec, Tensor
+from shoal.protocol.regions import plan
 from shoal.protocol.rules import SGD
 from shoal.ps.coordinator import Coordinator, Settings
 from shoal.ps.shard import Shard
@@ -34,6 +35,23 @@ class Job:
     batch: int = 4
     size: int = 8
     epochs: int = 2
+
+
+class Memory:
+    """A region: what a worker shares with the shards of its machine. `numbers` gives each a number of its own."""
+
+    def __init__(self, app: App) -> None:
+        sim = app.cluster.sim
+        assert app.core.layout is not None
+        self.number = next(app.cluster.region_numbers)
+        self.token = sim.random.randbytes(32)
+        self.spans = plan(app.core.layout).blocks
+        self.bytes = sim.memory[self.token] = bytearray(plan(app.core.layout).size)
+        app._call(calls.ShareCalled, lambda _: None, self.number, 1, 3, len(self.bytes), self.token)
+
+    def block(self, index: int) -> memoryview:
+        start, stop = self.spans[index]
+        return memoryview(self.bytes)[start:stop]
 
 
 class App:
@@ -58,6 +76,12 @@ class App:
         self._own: list[int] = []
         self._held: dict[int, Any] = {}
         """What it pulled last, by block: it fills a shard with that."""
+        self._shown: Memory | None = None
+        """Where pulls may be written."""
+        self._seen = b""
+        """What was there when the last pull was answered."""
+        self._free: list[Memory] = []
+        """Where pushes may lie, used by none."""
         sim.add(self.node)
         self._call(calls.OpenCalled, self._opened)
 
@@ -115,16 +139,27 @@ class App:
         self._own.append(update.element)
         payload = np.zeros(ELEMENTS, np.float32)
         payload[update.element] = -1.0
-        parts = tuple(
-            calls.Part(block.shard, (block.index,), (), (payload.tobytes(),)) for block in self.core.layout.blocks
-        )
+        memory = (self._free.pop() if self._free else Memory(self)) if self.cluster.sharing else None
+        parts = []
+        for block in self.core.layout.blocks:
+            buffer: Any = payload.tobytes()
+            if memory is not None:
+                memory.block(block.index)[:] = buffer
+                buffer = memory.block(block.index)
+            parts.append(calls.Part(block.shard, (block.index,), (), (buffer,)))
 
         def acked(result: Any) -> None:
             update.acked_at = self.cluster.sim.now
+            if memory is not None:
+                self._free.append(memory)
 
-        self._call(
-            calls.PushCalled, acked, parts, True, update.examples, (), failed=lambda error: self._lost(update, error)
-        )
+        def lost(error: Exception) -> None:
+            if memory is not None:  # a shard may yet read it: it is never used again
+                self._give(calls.UnshareCalled(memory.number))
+            self._lost(update, error)
+
+        number = memory.number if memory else 0
+        self._call(calls.PushCalled, acked, tuple(parts), True, update.examples, (), number, failed=lost)
         self._at = stop
         self._give(calls.DoneCalled(lease, stop - lease.start, stop == lease.stop))
         self._step()
@@ -143,21 +178,35 @@ class App:
             life = self.core.incarnation
             own_now = tuple(e for e in own if self.cluster.history.updates[e].incarnation == life)
             values = {}
-            self._held = {index: bytes(buffer) for index, buffer in answer.blocks.items()}
             for block in self.core.layout.blocks:
-                values[block.shard] = np.frombuffer(answer.blocks[block.index], np.float32).tolist()
+                found = answer.blocks.get(block.index)
+                if found is None:
+                    assert shown is not None
+                    found = shown.block(block.index)
+                self._held[block.index] = bytes(found)
+                values[block.shard] = np.frombuffer(found, np.float32).tolist()
             self.cluster.history.pulls.append(
                 PullDone(life, answer.clock, asked, self.cluster.sim.now, values, own_now, self.core.fleet.running)
             )
+            self._seen = bytes(shown.bytes) if shown else b""
             if not self.cluster.exempt(self.name, asked):
                 self.cluster.history.waits.append((self.name, asked, self.cluster.sim.now))
             then()
 
-        self._call(calls.PullCalled, pulled, blocks, {}, failed=lambda error: self._retry(error, then))
+        if self.cluster.sharing and self._shown is None:
+            self._shown = Memory(self)
+        elif self._shown is not None and bytes(self._shown.bytes) != self._seen:
+            raise Violation(f"{self.name}: a shard wrote to a region while nobody waited for it")
+        shown = self._shown
+        number = shown.number if shown else 0
+        self._call(calls.PullCalled, pulled, blocks, {}, number, failed=lambda error: self._retry(error, then))
 
     def _retry(self, error: Exception, then: Callable[[], None]) -> None:
         if not isinstance(error, ServerLost):
             self.errors.append(error)
+        if self._shown is not None:  # a shard may yet write to it
+            self._give(calls.UnshareCalled(self._shown.number))
+            self._shown, self._seen = None, b""
         self._pull(then)
 
     def _finish(self) -> None:
@@ -212,11 +261,13 @@ class Cluster:
         faults: Faults = Faults(),  # noqa: B008 - frozen
         job: Job = Job(),
         min_workers: int = 1,
+        sharing: bool = False,
         make_shard: Callable[..., Shard] = Shard,
         make_coordinator: Callable[..., Coordinator] = Coordinator,
     ) -> None:
         self.sim = Sim(seed, faults)
-        self.job, self.lease = job, lease
+        self.job, self.lease, self.sharing = job, lease, sharing
+        self.region_numbers = count(1)
         self.history = History(mode, staleness)
         self.spec = ModelSpec((Tensor("marks", "float32", (shards * ELEMENTS,)),), (SGD(lr=1.0),))
         self.settings = Settings(

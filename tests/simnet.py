@@ -16,7 +16,7 @@ from itertools import count
 from math import inf
 from typing import Any
 
-from shoal.protocol.effects import Fail, Linked, Log, Open, Received, Resolve, Send, Tick, Unlinked
+from shoal.protocol.effects import Attach, Attached, Fail, Linked, Log, Open, Received, Resolve, Send, Tick, Unlinked
 from shoal.protocol.frames import decode, encode
 
 
@@ -53,6 +53,10 @@ class Sim:
         self.nodes: dict[str, Node] = {}
         self.log: list[str] = []
         self.cut: set[frozenset[str]] = set()
+        self.memory: dict[bytes, bytearray] = {}
+        """Regions by their tokens."""
+        self.strange: set[str] = set()
+        """Nodes on other machines: they can open no region."""
         self.quiet = False
         """Faults are over: let everything finish."""
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
@@ -141,6 +145,10 @@ class Sim:
                     self._send(node, peer, message)
                 case Open(peer, host, _, _):
                     self.door(node, peer, host)
+                case Attach(peer, offer):
+                    found = None if node.name in self.strange else self.memory.get(bytes(offer.buffers[0]))
+                    memory = memoryview(found) if found is not None else None
+                    self.at(self.now, lambda p=peer, o=offer, m=memory: self.give(node, Attached(p, o, m)))
                 case Log(level, text):
                     self.log.append(f"{self.now:9.3f} {node.name}: {level}: {text}")
                 case Resolve() | Fail():

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from history import Violation, check_coverage, check_once, check_release, check_staleness
 from simapp import Cluster, Job
+from simnet import Faults
 from test_simulation import judge, play
 
 from shoal.protocol.effects import Effect, Received
@@ -99,6 +100,14 @@ class Negligent(Coordinator):
         self.partitions.end = finish  # type: ignore[method-assign]
 
 
+class Rewriting(Shard):
+    """A pull that is repeated is written to the region again."""
+
+    def _values(self, pull: Pull) -> None:
+        self._shared._said.clear()
+        super()._values(pull)
+
+
 class Presumptuous(Shard):
     """A restarted shard does not wait for those who may run on."""
 
@@ -142,7 +151,7 @@ FAULTS: dict[str, tuple[dict[str, Any], Callable[[Cluster], None], str]] = {
     "one too far": ({"make_shard": OneTooFar, "mode": "async", "staleness": 1.0}, staleness, r"lacks update|while w\d"),
     "one too far in sync": ({"make_shard": OneTooFar, "mode": "sync"}, staleness, r"lacks|while w\d"),
     "own updates missing": ({"make_shard": Hasty, "mode": "async"}, staleness, "lacks the reader's own"),
-    "no deduplication": ({"make_shard": Forgetful, "mode": "async"}, once, "was applied [2-9] times"),
+    "no deduplication": ({"make_shard": Forgetful, "mode": "async", "sharing": False}, once, "was applied [2-9] times"),
     "acknowledged, not applied": ({"make_shard": Careless, "mode": "async"}, once, "acknowledged and is not there"),
     "not in the average": ({"make_shard": Careless, "mode": "sync"}, once, "is not in any average"),
     "examples ignored": ({"make_shard": Unweighted, "mode": "sync", "job": UNEVEN}, once, r"weighs"),
@@ -183,6 +192,20 @@ def verdict(seed: int, overrides: dict[str, Any], check: Callable[[Cluster], Non
     except Violation as violation:
         return str(violation)
     return ""
+
+
+def test_a_late_write_is_noticed() -> None:
+    """A region that changes while its worker reads it: the worker itself sees that, where a pull had to be repeated."""
+    noticed = 0
+    for seed in range(3 * ENOUGH):
+        broken = play(seed, sharing=True, make_shard=Rewriting, faults=Faults(repeat=0.5, delay=0.2))
+        broken.sim.strange.clear()
+        try:
+            broken.run(120.0)
+        except Violation as violation:
+            noticed += "while nobody waited" in str(violation)
+
+    assert noticed >= 3
 
 
 @pytest.mark.parametrize(("coordinator", "noticed"), [(Coordinator, False), (Patient, True)])

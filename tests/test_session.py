@@ -182,6 +182,22 @@ def test_a_name_that_is_taken(at: Session) -> None:
     assert (Phase.JOINED, None) == (inside.core.phase, inside.core.fatal)
 
 
+def test_ones_own_last_life_has_the_name(at: Session) -> None:
+    """An evicted worker's last renewal may be heard after its new join: it goes on asking, for two leases (SPEC §3.1.4)."""
+    at.joined()
+    lease = at.core.welcome.lease
+    at.hear(m.Evicted(1))
+    for _ in range(3):
+        at.hear(m.Refused(0, "name", "a worker is named 'me' already"))
+        said = at.after(lease / 2)
+        assert (Phase.JOINING, None) == (at.core.phase, at.core.fatal)
+        assert "Join" in kinds(said)
+    at.after(lease / 2)
+    at.hear(m.Refused(0, "name", "a worker is named 'me' already"))
+
+    assert isinstance(at.core.fatal, ConfigError)
+
+
 @pytest.mark.parametrize(("code", "kind"), [("mismatch", ShapeError), ("model", ConfigError)])
 def test_a_model_that_is_refused(at: Session, code: str, kind: type[Exception]) -> None:
     """Whoever registered is told, and may register another one."""

@@ -80,6 +80,17 @@ def test_a_hello_waits_for_its_view() -> None:
     assert m.Evicted(6) in said
 
 
+def test_a_hello_of_another_run_waits_as_well() -> None:
+    """Epochs of two runs say nothing of each other: a coordinator was restarted, and its first view is still under way (§3.1.3)."""
+    bench = ShardBench()
+    bench.view((1, 2))
+    assert [] == bench.hear(peer_of(5), m.Hello(5, RUN + 1, 1))
+    bench.hear(COORDINATOR, m.ShardWelcome(SHARD, RUN + 1, 0, 15.0))
+
+    said = bench.hear(COORDINATOR, m.View(RUN + 1, 1, "async", 0.0, 0, 0, (m.Member(5, "name5", False),)))
+    assert m.Greeting(5, SHARD, 0) in said
+
+
 def test_it_serves_those_in_its_view_and_no_others() -> None:
     """`Evicted` for who is not in the view, `Stranger` for who has no stream at this shard (§3.2.2)."""
     bench = ShardBench()

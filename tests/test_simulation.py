@@ -38,9 +38,11 @@ def play(seed: int, kinds: tuple[str, ...] = KINDS, **overrides: object) -> Clus
         "faults": faults,
         "job": Job(length=dice.choice((24, 40, 50)), batch=4, size=dice.choice((4, 8, 12)), epochs=dice.randint(1, 3)),
         "min_workers": dice.choice((1, workers)),
+        "sharing": dice.random() < 0.5,
     } | overrides
     cluster = Cluster(seed, **options)  # type: ignore[arg-type]
     sim = cluster.sim
+    sim.strange = {name for name in ("s0", "s1", "s2") if dice.random() < 0.3}
     for number in range(dice.randint(0, 4)):
         when, name = dice.uniform(0.1, 4.0), f"w{dice.randrange(workers)}"
         kind = dice.choice(kinds)

@@ -32,6 +32,7 @@ class Region:
     """
 
     def __init__(self, layout: Layout) -> None:
+        self.fd = -1
         self.number = next(_numbers)
         """Never used again in this process."""
         self.size = plan(layout).size
