@@ -1,8 +1,11 @@
 """`shoal bench pushpull`: seconds of a push and of a pull, beside the limits of the machine in the same run.
 
 What is timed, for each size, with one coordinator, some shards and one worker (this process) on this machine
-- push: `worker.push({"w": gradient}).result()`, from the call until every shard has applied it (SGD) and said so.
-- pull: `worker.pull(out=…)` after a push, so that every block has changed, until the values are in the caller's array.
+- push: `worker.push(worker.buffers.gradients).result()`, from the call until every shard has applied it (SGD) and said so.
+- pull: `worker.pull(out=worker.buffers.weights)` after a push, so that every block has changed, until the values are there.
+- push_streamed: seconds a push of several in a row, each waited for when the next is under way: it is looked through for NaN
+  while the one before is applied. What a training loop sees that does not wait either.
+- push_own, pull_own: the same with arrays of the caller's own, which cost one copy more.
 - the limits: see `shoal.bench.limits`.
 
 Rules
@@ -10,6 +13,7 @@ Rules
 - A repetition runs all contenders one after the other, each for some rounds (many where the size is small); it gives the median of
   its rounds. What is printed is the median of the repetitions. So noise hits all alike.
 - The first repetitions are a warm-up: they count for nobody.
+- How the bytes travel is chosen as always: `SHOAL_TRANSPORT=tcp` measures what workers on other machines have.
 - A ratio is limit / ours: 1 is as fast as the limit, 0.5 takes twice as long.
 """
 
@@ -46,7 +50,9 @@ WARM_UP = 2
 MOST_ROUNDS = 100
 BYTES_OF_ROUNDS = 10**7
 """Bytes that a contender moves in a repetition, unless one round is more or the most rounds are less."""
-WAYS = ("push", "pull")
+STREAM = 8
+"""Pushes in one call of `push_streamed`."""
+WAYS = ("push", "push_streamed", "pull", "push_own", "pull_own")
 
 
 def main(sizes: str = "", repeat: int = 9, shards: int = 1, as_json: bool = False) -> int:
@@ -64,7 +70,13 @@ def main(sizes: str = "", repeat: int = 9, shards: int = 1, as_json: bool = Fals
     for number, nbytes in enumerate(wanted, 1):
         click.echo(f"measuring {size_text(nbytes)} ({number} of {len(wanted)})", err=True)
         found.append(figures(nbytes, measure_size(nbytes, repeat, shards)))
-    report = {"machine": machine(), "shards": shards, "repeat": repeat, "sizes": found}
+    report = {
+        "machine": machine(),
+        "transport": os.environ.get("SHOAL_TRANSPORT") or "auto",
+        "shards": shards,
+        "repeat": repeat,
+        "sizes": found,
+    }
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
@@ -100,7 +112,8 @@ def measure_size(nbytes: int, repeat: int, shards: int) -> dict[str, float]:
             stack.enter_context(contender)
             for contender in (ours(nbytes, shards), limits.memory(nbytes), limits.tcp(nbytes), limits.zeromq(nbytes))
         ]
-        return measure(contenders, repeat, max(1, min(MOST_ROUNDS, BYTES_OF_ROUNDS // nbytes)))
+        seconds = measure(contenders, repeat, max(1, min(MOST_ROUNDS, BYTES_OF_ROUNDS // nbytes)))
+        return seconds | {"push_streamed": seconds["push_streamed"] / STREAM}
 
 
 @contextmanager
@@ -112,7 +125,27 @@ def ours(nbytes: int, shards: int) -> Iterator[limits.Calls]:
         connect(cluster.join, wait_timeout=limits.TIMEOUT) as worker,
     ):
         worker.register({"w": out}, optimizer=SGD(lr=limits.LR))
-        yield {"push": lambda: worker.push({"w": gradient}).result(), "pull": lambda: worker.pull(out={"w": out})}
+        filled = []
+        for _ in range(3):  # lent arrays hold anything until they are written
+            worker.buffers.gradients["w"][:] = 1
+            filled.append(worker.push(worker.buffers.gradients))
+        for ticket in filled:
+            ticket.result()
+
+        def streamed() -> None:
+            last = worker.push(worker.buffers.gradients)
+            for _ in range(STREAM - 1):
+                before, last = last, worker.push(worker.buffers.gradients)
+                before.result()
+            last.result()
+
+        yield {
+            "push": lambda: worker.push(worker.buffers.gradients).result(),
+            "push_streamed": streamed,
+            "pull": lambda: worker.pull(out=worker.buffers.weights),
+            "push_own": lambda: worker.push({"w": gradient}).result(),
+            "pull_own": lambda: worker.pull(out={"w": out}),
+        }
 
 
 def measure(contenders: Sequence[limits.Calls], repeat: int, rounds: int) -> dict[str, float]:
@@ -139,7 +172,8 @@ def figures(nbytes: int, seconds: dict[str, float]) -> dict[str, Any]:
         return {"seconds": _short(seconds[name]), "mb_per_s": _short(nbytes / seconds[name] / 1e6)}
 
     def ratios(way: str) -> dict[str, float]:
-        beside = {"of_copy": "copy", "of_tcp": f"tcp_{way}", "of_zmq": f"zmq_{way}"}
+        wire = way.partition("_")[0]
+        beside = {"of_copy": "copy", "of_sgd": "sgd", "of_tcp": f"tcp_{wire}", "of_zmq": f"zmq_{wire}"}
         return {name: _short(seconds[limit] / seconds[way]) for name, limit in beside.items()}
 
     ways = {way: speed(way) | ratios(way) for way in WAYS}

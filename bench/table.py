@@ -31,8 +31,11 @@ def show(report: dict[str, Any]) -> None:
             "a ratio is limit / ours: 1.00 is as fast as the limit\n"
         )
     )
-    for way in ("push", "pull"):
-        head: tuple[str, ...] = (way, "size", "time", "MB/s", "of copy", "of TCP", "of ZeroMQ")
+    for way in ("push", "push_streamed", "pull", "push_own", "pull_own"):
+        head: tuple[str, ...] = (
+            way.replace("_", ", "),
+            *("size", "time", "MB/s", "of copy", "of SGD", "of TCP", "of ZeroMQ"),
+        )
         _table(console, head, (_row(size, size[way]) for size in report["sizes"]))
     names = ("copy", "sgd", "tcp_push", "tcp_pull", "zmq_push", "zmq_pull")
     head = ("limits", "size", "copy", "SGD", "TCP push", "TCP pull", "ZeroMQ push", "ZeroMQ pull")
@@ -40,7 +43,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def _row(size: dict[str, Any], way: dict[str, float]) -> tuple[str, ...]:
-    ratios = (f"{way[name]:.2f}" for name in ("of_copy", "of_tcp", "of_zmq"))
+    ratios = (f"{way[name]:.2f}" for name in ("of_copy", "of_sgd", "of_tcp", "of_zmq"))
     return "", size_text(size["bytes"]), time_text(way["seconds"]), speed_text(way["mb_per_s"]), *ratios
 
 

@@ -22,7 +22,7 @@ from shoal.protocol.errors import ShoalError
 from shoal.protocol.layout import BLOCK_BYTES
 
 LIMITS = ["copy", "sgd", "tcp_push", "tcp_pull", "zmq_push", "zmq_pull"]
-RATIOS = {"of_copy": "copy", "of_tcp": "tcp_{}", "of_zmq": "zmq_{}"}
+RATIOS = {"of_copy": "copy", "of_sgd": "sgd", "of_tcp": "tcp_{}", "of_zmq": "zmq_{}"}
 
 
 @pytest.mark.parametrize(
@@ -87,37 +87,40 @@ def test_one_run_gives_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr()
     report = json.loads(said.out)
     assert ["measuring 100 B (1 of 2)", "measuring 10 kB (2 of 2)"] == said.err.splitlines()
-    assert ["machine", "shards", "repeat", "sizes"] == list(report)
+    assert ["machine", "transport", "shards", "repeat", "sizes"] == list(report)
     assert {"cpus", "platform", "python", "torch", "pyzmq", "libzmq", "shoal"} == set(report["machine"])
     assert all(report["machine"].values())
+    assert "auto" == report["transport"]
     assert (1, 1) == (report["shards"], report["repeat"])
     assert [100, 10_000] == [size["bytes"] for size in report["sizes"]]
     for size in report["sizes"]:
         assert LIMITS == list(size["limits"])
-        for way in ("push", "pull"):
+        for way in pushpull.WAYS:
             assert ["seconds", "mb_per_s", *RATIOS] == list(size[way])
             for ratio, limit in RATIOS.items():
-                wanted = size["limits"][limit.format(way)]["seconds"] / size[way]["seconds"]
+                wanted = size["limits"][limit.format(way.partition("_")[0])]["seconds"] / size[way]["seconds"]
                 assert wanted == pytest.approx(size[way][ratio], rel=1e-2)
-        for speed in (size["push"], size["pull"], *size["limits"].values()):
+        for speed in (*(size[way] for way in pushpull.WAYS), *size["limits"].values()):
             assert size["bytes"] == pytest.approx(speed["mb_per_s"] * 1e6 * speed["seconds"], rel=1e-2)
             assert speed["seconds"] > 0
 
 
-def test_a_push_changes_every_value_and_a_pull_brings_it() -> None:
+@pytest.mark.parametrize("own", ["", "_own"])
+def test_a_push_changes_every_value_and_a_pull_brings_it(own: str) -> None:
     """What is timed does what it says: SGD over the whole tensor of every shard, and its new values in the caller's array."""
     nbytes = 3 * 4096
     with pushpull.ours(nbytes, shards=2) as calls:
-        before: Any = calls["pull"]()
+        before: Any = calls["pull" + own]()
         start = before["w"].copy()
-        calls["push"]()
-        calls["push"]()
-        after: Any = calls["pull"]()
+        calls["push" + own]()
+        calls["push" + own]()
+        after: Any = calls["pull" + own]()
+        calls["push_streamed"]()
 
-    assert after["w"] is before["w"]
-    np.testing.assert_allclose(after["w"], start - 2 * limits.LR, rtol=0, atol=1e-7)
-    assert (nbytes // 4,) == after["w"].shape
-    assert not np.array_equal(start, after["w"])
+        assert after["w"] is before["w"]
+        np.testing.assert_allclose(after["w"], start - 2 * limits.LR, rtol=0, atol=1e-7)
+        assert (nbytes // 4,) == after["w"].shape
+        assert not np.array_equal(start, after["w"])
 
 
 def test_the_memory_limits_write_where_they_should() -> None:
@@ -252,8 +255,13 @@ def test_small_sizes_have_more_rounds(nbytes: int, rounds: int, monkeypatch: pyt
         monkeypatch.setattr(limits, name, lambda nbytes, name=name: named(f"{name} {nbytes}"))
     monkeypatch.setattr(pushpull, "ours", lambda nbytes, shards: named(f"ours {nbytes} {shards}"))
     seen: list[Any] = []
-    monkeypatch.setattr(pushpull, "measure", lambda contenders, *rest: seen.append(([*map(list, contenders)], *rest)))
-    pushpull.measure_size(nbytes, 5, 2)
+
+    def measure(contenders: Any, *rest: Any) -> dict[str, float]:
+        seen.append(([*map(list, contenders)], *rest))
+        return {"push_streamed": 8.0, "push": 2.0}
+
+    monkeypatch.setattr(pushpull, "measure", measure)
+    assert {"push_streamed": 8.0 / pushpull.STREAM, "push": 2.0} == pushpull.measure_size(nbytes, 5, 2)
 
     names = [[f"ours {nbytes} 2"], *([f"{name} {nbytes}"] for name in ("memory", "tcp", "zeromq"))]
     assert [(names, 5, rounds)] == seen
@@ -263,7 +271,7 @@ def report_of(*sizes: int) -> dict[str, Any]:
     """A report in which every call takes a microsecond for each byte, and each limit a quarter of it."""
     found = []
     for nbytes in sizes:
-        seconds = {"push": nbytes * 1e-6, "pull": nbytes * 1e-6} | dict.fromkeys(LIMITS, nbytes * 0.25e-6)
+        seconds = dict.fromkeys(pushpull.WAYS, nbytes * 1e-6) | dict.fromkeys(LIMITS, nbytes * 0.25e-6)
         found.append(pushpull.figures(nbytes, seconds))
     return {"machine": pushpull.machine(), "shards": 2, "repeat": 9, "sizes": found}
 
@@ -277,17 +285,17 @@ def test_the_table_is_plain_lines_where_there_is_no_terminal(capsys: pytest.Capt
     assert "2 shards, 1 worker, medians of 9; a ratio is limit / ours: 1.00 is as fast as the limit" in out
     assert "\x1b" not in out
     for row in (
-        "push size time MB/s of copy of TCP of ZeroMQ",
-        "100 B 100 µs 1.00 0.25 0.25 0.25",
-        "2.5 kB 2.50 ms 1.00 0.25 0.25 0.25",
-        "10 MB 10.0 s 1.00 0.25 0.25 0.25",
+        "push size time MB/s of copy of SGD of TCP of ZeroMQ",
+        "pull, own size time MB/s of copy of SGD of TCP of ZeroMQ",
+        "100 B 100 µs 1.00 0.25 0.25 0.25 0.25",
+        "2.5 kB 2.50 ms 1.00 0.25 0.25 0.25 0.25",
+        "10 MB 10.0 s 1.00 0.25 0.25 0.25 0.25",
         "limits size copy SGD TCP push TCP pull ZeroMQ push ZeroMQ pull",
         "100 B" + 6 * " 25.0 µs",
         "10 MB" + 6 * " 2.50 s",
     ):
         assert row.split() in lines
-    (ends,) = {len(line) for line in out.splitlines() if line.endswith("0.25")}
-    assert ends < 80
+    assert max(len(line) for line in out.splitlines() if line.endswith("0.25")) < 80
 
 
 def test_the_table_is_styled_on_a_terminal() -> None:
@@ -307,3 +315,18 @@ def test_the_table_is_styled_on_a_terminal() -> None:
     assert 0 == done.returncode
     assert "\x1b[2m" in out
     assert "100 µs" in out
+
+
+def test_the_wins_are_kept() -> None:
+    """On one machine a pull costs about a copy and a push about the update: no less than half of what is aimed at, in the best of a
+    few tries, so that noise does not fail this and a lost zero-copy does (it costs twice and more)."""
+    nbytes = 32_000_000
+    best = {"pull": 0.0, "push": 0.0}
+    for _ in range(3):
+        with limits.memory(nbytes) as memory, pushpull.ours(nbytes, shards=1) as calls:
+            seconds = pushpull.measure([{name: calls[name] for name in ("push", "pull")}, memory], 5, 1)
+        best["pull"] = max(best["pull"], seconds["copy"] / seconds["pull"])
+        best["push"] = max(best["push"], seconds["sgd"] / seconds["push"])
+        if min(best.values()) >= 0.4:
+            return
+    raise AssertionError(f"of the limit: {best}")

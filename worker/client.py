@@ -92,6 +92,7 @@ class Worker:
         self._jobs = 0
         self._logged: set[str] = set()
         self._refreshers: list[Callable[[], None]] = []
+        self._closers: list[Callable[[], None]] = []
         self._last_push: Ticket | None = None
         self._on_exit: Callable[[], None] | None = None
         atexit.register(_close_at_exit, weakref.ref(self))
@@ -443,6 +444,8 @@ class Worker:
                 self._loop.call(calls.CloseCalled).result(CLOSE_TIMEOUT / 2)
         finally:
             self._loop.close()
+            while self._closers:
+                self._closers.pop()()
             self._exchange.close()
             if self._on_exit is not None:
                 self._on_exit()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from ..protocol.errors import ConfigError, ServerLost, WorkerEvicted
 from ..protocol.rules import FLAGS, RULES, Rule
 from .arrays import Array
+from .views import Views
 
 if TYPE_CHECKING:
     from .client import Worker
@@ -81,7 +82,11 @@ class Optimizer(torch.optim.Optimizer):
             arrays |= {name: (buffer, len(rules)) for name, buffer in self._averaged.items()}
             rules = (*rules, Rule("mean"))
         self._worker._register(arrays, rules, None)
-        self._targets = list((self._params | self._averaged).items())
+        # Only where nobody steps here: a delta is told from what was pulled, and buffers change in forward passes.
+        self._views = Views(
+            self._worker, self._params if self._rules else {}, self._averaged if self._rules else self._all()
+        )
+        self._worker._closers.append(self._views.part)
         self._worker._refreshers.append(self._refresh)
         self._refresh()
 
@@ -122,8 +127,13 @@ class Optimizer(torch.optim.Optimizer):
             logger.warning("a step was lost: %s", error.what)
         return loss
 
-    def _gradients(self) -> dict[str, Array]:
+    def _all(self) -> dict[str, torch.Tensor]:
+        return {**self._params, **self._averaged}
+
+    def _gradients(self) -> Mapping[str, Array]:
         scale = getattr(self, "grad_scale", None)
+        if scale is None and not self._averaged:
+            return self._views.gradients()
         found = {name: p.grad for name, p in self._params.items() if p.grad is not None}
         if scale is not None:
             found = {name: gradient / scale for name, gradient in found.items()}
@@ -156,10 +166,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _refresh(self) -> None:
         """Take the newest weights that the staleness rule allows."""
-        with torch.no_grad(), self._worker._exchange.fetched(None, None):
-            weights = self._worker.buffers.weights
-            for name, target in self._targets:
-                target.copy_(weights[name])
+        self._views.pull()
 
     # --- being an optimizer
 

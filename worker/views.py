@@ -1,0 +1,111 @@
+"""A torch model on shoal's own memory: parameters that are views of what was pulled, gradients that are views of what is pushed.
+
+Rules
+- A parameter stays the user's: whoever replaces its data, moves it or changes it in place gets the servers' weights with the next
+  pull as before; from then on they are copied there.
+- A gradient is moved to where it is pushed from while it is warm: when backward has made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .arrays import Array
+
+if TYPE_CHECKING:
+    from .client import Worker
+
+
+class Views:
+    """The tensors of one optimizer.
+
+    Args:
+        viewed: parameters that become views. copied: tensors that pulls are copied to. Both by name, all registered.
+    """
+
+    def __init__(self, worker: Worker, viewed: Mapping[str, torch.Tensor], copied: Mapping[str, torch.Tensor]) -> None:
+        self._worker = worker
+        self._targets = [*viewed.items(), *copied.items()]
+        self._viewed = {name: t for name, t in viewed.items() if t.device.type == "cpu" and t.is_contiguous()}
+        self._at: dict[str, int] = {}
+        """Where each viewed parameter's data were when it was last seen, and are unless somebody has replaced them."""
+        self._versions: dict[str, int] = {}
+        self._lent: Mapping[str, Array] = {}
+        self._hooks = [_when_made(t, self._hook(name)) for name, t in self._viewed.items()]
+        weights = worker.buffers.weights
+        for name, target in self._viewed.items():
+            self._view(name, target, weights[name])
+
+    # --- weights
+
+    def pull(self) -> None:
+        """Take the newest weights that the staleness rule allows. Raises as `Worker.pull`."""
+        exchange = self._worker._exchange
+        if any(self._viewed[name]._version != version for name, version in self._versions.items()):
+            assert exchange.cache is not None
+            exchange.cache.held.clear()  # changed in place by somebody: also what has not changed on the servers is wanted
+        with torch.no_grad(), exchange.fetched(None, None):
+            weights = self._worker.buffers.weights
+            for name, target in self._targets:
+                view = weights[name]
+                here = target.data_ptr()
+                if here == view.data_ptr():
+                    continue
+                if here == self._at.get(name):  # it is the cache that has moved
+                    self._view(name, target, view)
+                else:
+                    target.copy_(view)
+            for name in self._versions:
+                self._versions[name] = self._viewed[name]._version
+
+    def _view(self, name: str, target: torch.Tensor, view: torch.Tensor) -> None:
+        target.data = view
+        self._at[name], self._versions[name] = target.data_ptr(), target._version
+
+    def part(self) -> None:
+        """The worker is closed: the model's memory is its own again."""
+        for hook in self._hooks:
+            hook.remove()
+        for name, target in self._viewed.items():
+            if target.data_ptr() == self._at[name]:
+                target.data = target.data.clone()
+            gradient = target.grad
+            if gradient is not None and name in self._lent and gradient is self._lent[name]:
+                target.grad = gradient.clone()
+        self._lent = {}
+
+    # --- gradients
+
+    def _hook(self, name: str) -> Callable[[torch.Tensor], None]:
+        def accumulated(parameter: torch.Tensor) -> None:
+            gradient = parameter.grad
+            if gradient is None or gradient.layout is not torch.strided or gradient.device.type != "cpu":
+                return
+            view = self._where(name)
+            if gradient is not view:
+                view.copy_(gradient)
+                parameter.grad = view
+
+        return accumulated
+
+    def _where(self, name: str) -> torch.Tensor:
+        if not self._lent:
+            self._lent = self._worker.buffers.gradients
+        view: torch.Tensor = self._lent[name]
+        return view
+
+    def gradients(self) -> Mapping[str, Array]:
+        """What is to be pushed: the lent arrays themselves if every gradient lies there. They are the push's now."""
+        lent, self._lent = self._lent, {}
+        found = {name: target.grad for name, target in self._targets if target.grad is not None}
+        if len(found) == len(lent) and all(found[name] is view for name, view in lent.items()):
+            return lent
+        return found
+
+
+def _when_made(parameter: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> Any:
+    """Call `hook` when backward has made the parameter's gradient. Returns a handle."""
+    return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
