@@ -9,6 +9,7 @@ Rules
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -70,6 +71,14 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
+class Stream:
+    """Send these, one after the other as they are made: the first travels while the next is copied."""
+
+    peer: Peer
+    messages: Iterator[Message]
+
+
+@dataclass(frozen=True, slots=True)
 class Open:
     """Connect to a server; a connection under the same index is closed first. `key` is base64url or empty."""
 
@@ -128,4 +137,4 @@ class Attached:
     why: str = ""
 
 
-Effect: TypeAlias = "Send | Open | Resolve | Fail | Log | Stop | Attach"
+Effect: TypeAlias = "Send | Stream | Open | Resolve | Fail | Log | Stop | Attach"

@@ -1,11 +1,12 @@
 """The answer to a pull, as messages (SPEC §6.4).
 
 Rules
-- All of one answer is of one moment. No message is larger than a part, unless a block is.
+- All of one answer is of one moment: it is made before anything else happens. No message is larger than a part, unless a block is.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from ..protocol.messages import Pull, Values
@@ -15,26 +16,18 @@ PART_BYTES = 4 * 1024 * 1024
 MOST_BLOCKS = 1024
 
 
-def in_buffers(pull: Pull, shard: int, store: Store, min_clock: int) -> Iterator[Values]:
-    """What has changed since the reader's version.
+def in_buffers(pull: Pull, shard: int, store: Store, min_clock: int, counters: Counter[str]) -> Iterator[Values]:
+    """What has changed since the reader's version. Counts `bytes_out`.
 
     Args:
         shard: its incarnation.
     """
     parts = list(_parts(store, store.changed_since(pull.since, pull.blocks)))
     for number, blocks in enumerate(parts):
-        yield Values(
-            pull.incarnation,
-            shard,
-            pull.request,
-            number,
-            len(parts),
-            store.version,
-            min_clock,
-            0,
-            blocks,
-            tuple(map(store.snapshot, blocks)),
-        )
+        buffers = tuple(map(store.snapshot, blocks))
+        counters["bytes_out"] += sum(map(len, buffers))
+        head = (pull.incarnation, shard, pull.request, number, len(parts), store.version, min_clock, 0)
+        yield Values(*head, blocks, buffers)
 
 
 def _parts(store: Store, blocks: list[int]) -> Iterator[tuple[int, ...]]:

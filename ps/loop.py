@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, inf
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ from ..protocol.effects import (
     Received,
     Send,
     Stop,
+    Stream,
     Tick,
     Unreadable,
 )
@@ -269,12 +271,22 @@ class Loop:
                         self._send(peer, message)
                     elif self._dealer is not None:
                         self._send_up(message)
+                case Stream(peer, messages) if isinstance(peer, bytes):
+                    self._stream(peer, messages)
                 case Log(level, text):
                     log(self._label, level, text)
                 case Attach(peer, offer):
                     self._attach(peer, offer)
                 case Stop():
                     self._stop = True
+
+    def _stream(self, peer: bytes, messages: Iterator[Message]) -> None:
+        try:
+            for message in messages:
+                self._send(peer, message)
+        except Exception as error:
+            self._core.counters["rejected.internal"] += 1
+            log(self._label, "error", f"an answer could not be made: {type(error).__name__}: {error}")
 
     def _attach(self, peer: Peer, offer: Share) -> None:
         try:

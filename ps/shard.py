@@ -24,6 +24,7 @@ from ..protocol.effects import (
     Peer,
     Received,
     Send,
+    Stream,
     Tick,
     Unreadable,
 )
@@ -459,9 +460,9 @@ class Shard:
             self.counters["rejected.malformed"] += 1
             return self._send(peer, Refused(pull.request, "shape", "a block that is not on this shard"))
         shown = self._shared.answer(pull, self.incarnation, self._weights, self._clocks.min)
-        for values in [shown] if shown else in_buffers(pull, self.incarnation, store, self._clocks.min):
-            self.counters["bytes_out"] += payload_bytes(values)
-            self._send(peer, values)
+        if shown:
+            return self._send(peer, shown)
+        self._out.append(Stream(peer, in_buffers(pull, self.incarnation, store, self._clocks.min, self.counters)))
 
     # --- sharing memory (SPEC §11)
 

@@ -7,14 +7,20 @@ Rules
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import isfinite
+from sys import getrefcount
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..protocol.layout import Block, Layout
 from ..protocol.messages import Buffer
 from .rules import Ranges, Updater
+
+FREE = 2
+"""References to an array that nobody else holds: its owner's, and the question's."""
 
 DTYPES = {
     "float32": torch.float32,
@@ -39,7 +45,9 @@ class _Held:
     weights: torch.Tensor
     updater: Updater
     version: int = 0
-    copies: tuple[int, memoryview] | None = field(default=None, repr=False)
+    copy: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+    copied: int = -1
+    """The version that `copy` is of."""
 
 
 class Store:
@@ -136,9 +144,12 @@ class Store:
     def snapshot(self, block: int) -> memoryview:
         """The block's values now, as bytes that nobody will change."""
         held = self._held[block]
-        if held.copies is None or held.copies[0] != held.version:
-            held.copies = (held.version, memoryview(held.weights.view(torch.uint8).numpy().copy()))  # type: ignore[arg-type]
-        return held.copies[1]
+        live = held.weights.view(torch.uint8).numpy()
+        if held.copy is None or (held.copied != held.version and getrefcount(held.copy) > FREE):
+            held.copy, held.copied = live.copy(), held.version
+        elif held.copied != held.version:  # nobody reads the last one any more: new pages would cost more than the copy
+            held.copy[...], held.copied = live, held.version
+        return memoryview(held.copy)  # type: ignore[arg-type]
 
     def copy_into(self, block: int, memory: memoryview) -> None:
         """The block's values now, written to `memory`, which has its length."""
@@ -147,7 +158,6 @@ class Store:
     def _changed(self, held: _Held) -> None:
         self.version += 1
         held.version = self.version
-        held.copies = None
 
 
 def _tensor(payload: Buffer, dtype: torch.dtype) -> torch.Tensor:

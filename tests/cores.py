@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from shoal.protocol import messages as m
-from shoal.protocol.effects import COORDINATOR, Log, Peer, Received, Send, Tick
+from shoal.protocol.effects import COORDINATOR, Log, Peer, Received, Send, Stream, Tick
 from shoal.protocol.frames import decode, encode
 from shoal.protocol.layout import MIN_BLOCK_BYTES, lay_out
 from shoal.protocol.model import ModelSpec, Tensor
@@ -68,7 +68,12 @@ class Bench:
         effects = self.core.handle(event, self.now)
         self.core.check()
         self.logged += [effect.text for effect in effects if isinstance(effect, Log)]
-        said = [(effect.peer, carried(effect.message)) for effect in effects if isinstance(effect, Send)]
+        said: list[tuple[Peer, Any]] = []
+        for effect in effects:
+            if isinstance(effect, Send):
+                said.append((effect.peer, carried(effect.message)))
+            elif isinstance(effect, Stream):
+                said += [(effect.peer, carried(message)) for message in effect.messages]
         self.sent += said
         return [message for _, message in said]
 

@@ -66,6 +66,7 @@ class History:
 
     mode: str
     staleness: float
+    sharing: bool = False
     updates: dict[int, Update] = field(default_factory=dict)
     lives: dict[int, Life] = field(default_factory=dict)
     pulls: list[PullDone] = field(default_factory=list)
@@ -75,8 +76,11 @@ class History:
     """When a later life of a shard was filled, by index, and with which elements: what else the earlier one held is lost."""
 
     def may_lack(self, update: Update, shard: int, at: float) -> bool:
-        """Did a crash of the shard, before `at`, take this update with it (DESIGN §5: no checkpoint, no promise)?"""
-        return any(
+        """Did a crash of the shard, before `at`, take this update with it (DESIGN §5: no checkpoint, no promise)?
+
+        One that was reported as lost because of one shard may be missing at the others, too: its memory was given up.
+        """
+        return (self.sharing and update.failed) or any(
             filled <= at and (update.pushed_at <= filled or update.lost_with == "ServerLost")
             for filled, _ in self.refilled.get(shard, ())
         )

@@ -268,7 +268,7 @@ class Cluster:
         self.sim = Sim(seed, faults)
         self.job, self.lease, self.sharing = job, lease, sharing
         self.region_numbers = count(1)
-        self.history = History(mode, staleness)
+        self.history = History(mode, staleness, sharing)
         self.spec = ModelSpec((Tensor("marks", "float32", (shards * ELEMENTS,)),), (SGD(lr=1.0),))
         self.settings = Settings(
             mode=mode,
@@ -413,7 +413,11 @@ class Cluster:
             self.watch()
 
         self.sim.give = observed  # type: ignore[method-assign]
-        return self.sim.run(until, lambda: not self.to_come and all(app.finished for app in self.apps.values()))
+        finished = self.sim.run(until, lambda: not self.to_come and all(app.finished for app in self.apps.values()))
+        if finished:  # the last view, which lacks those who have left, may close the last step
+            self.sim.quiet = True
+            self.sim.run(self.sim.now + 3.0, lambda: False)
+        return finished
 
 
 def story(cluster: Cluster) -> str:

@@ -16,7 +16,20 @@ from itertools import count
 from math import inf
 from typing import Any
 
-from shoal.protocol.effects import Attach, Attached, Fail, Linked, Log, Open, Received, Resolve, Send, Tick, Unlinked
+from shoal.protocol.effects import (
+    Attach,
+    Attached,
+    Fail,
+    Linked,
+    Log,
+    Open,
+    Received,
+    Resolve,
+    Send,
+    Stream,
+    Tick,
+    Unlinked,
+)
 from shoal.protocol.frames import decode, encode
 
 
@@ -143,6 +156,9 @@ class Sim:
             match effect:
                 case Send(peer, message):
                     self._send(node, peer, message)
+                case Stream(peer, messages):
+                    for message in messages:
+                        self._send(node, peer, message)
                 case Open(peer, host, _, _):
                     self.door(node, peer, host)
                 case Attach(peer, offer):

@@ -170,12 +170,11 @@ class Cache:
         block = self.layout.blocks[index]
         return self._flats[block.flat][block.start : block.stop].copy().data.cast("B")
 
-    def load(self, blocks: Mapping[int, Buffer]) -> None:
-        """Values that a pull has brought."""
-        for index, payload in blocks.items():
-            block = self.layout.blocks[index]
-            target = self._flats[block.flat][block.start : block.stop]
-            target[...] = np.frombuffer(payload, target.dtype)
+    def load(self, index: int, payload: Buffer) -> None:
+        """A block's values, which a pull has brought."""
+        block = self.layout.blocks[index]
+        target = self._flats[block.flat][block.start : block.stop]
+        target[...] = np.frombuffer(payload, target.dtype)
 
     def shards(self, names: Iterable[str] | None = None) -> dict[int, tuple[int, ...]]:
         """Which blocks of which shards hold these tensors; an empty tuple for all blocks of a shard."""

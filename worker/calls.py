@@ -87,17 +87,19 @@ class PullCalled:
         blocks: by shard; an empty tuple means all blocks of that shard.
         held: by shard, the incarnation and version that the caller has all blocks of.
         region: where shards of this machine may write them; 0: nowhere.
+        sink: takes each block that comes in a buffer, as it comes, though the pull may fail yet; None: the answer has them.
     """
 
     ticket: int
     blocks: Mapping[int, tuple[int, ...]]
     held: Mapping[int, tuple[int, int]]
     region: int = 0
+    sink: Callable[[int, Buffer], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """An answer: the blocks that had changed, but for those written to the region, and by shard the incarnation and version of all.
+    """An answer: the blocks that had changed, unless a region or a sink has them; by shard, incarnation and version of all.
 
     Args:
         clock, min_clock: the reader's clock, and the least of all, when it was answered.

@@ -143,14 +143,13 @@ class Exchange:
             raise WaitTimeout("another thread's pull is not done", hint="a longer timeout")
         try:
             region = cache.region.number if cache.region else 0
-            ticket = self._loop.call(calls.PullCalled, cache.shards(names), dict(cache.held), region)
+            ticket = self._loop.call(calls.PullCalled, cache.shards(names), dict(cache.held), region, cache.load)
             try:
                 pulled: calls.Pulled = self._loop.result(ticket, timeout)
             except BaseException:
                 self._move(cache)
                 raise
             waited = time.perf_counter()
-            cache.load(pulled.blocks)
             if names is None:
                 cache.held.update(pulled.versions)
             self._stats.seconds["pull"] += waited - started

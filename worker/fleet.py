@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from math import inf
 
 from ..protocol.errors import NonFiniteError, ServerLost, ShapeError, ShoalError
@@ -262,19 +263,17 @@ class Fleet:
     def _values(self, link: Link, values: Values, now: float) -> None:
         self._clock(link, values.min_clock)
         read = link.reads.get(values.request)
-        if read is None or not read.take(values):
+        pulling = self._pulls.get(read.ticket) if read is not None else None
+        if read is None or pulling is None:
+            return
+        wrong = self._take(pulling, values)
+        if wrong:
+            return self._fail_pull(read.ticket, ShapeError(f"shard {link.place.index} answered with {wrong}"))
+        if not read.take(values):
             return
         del link.reads[values.request]
-        pulling = self._pulls.get(read.ticket)
-        if pulling is None:
-            return
-        blocks = read.answer()
-        pulling.blocks |= blocks
         pulling.versions[link.place.index] = (link.shard, values.version)
         pulling.min_clock = min(pulling.min_clock, values.min_clock)
-        self._stats.bytes_pulled += sum(map(len, blocks.values()))
-        if self.layout is not None:
-            self._stats.bytes_pulled += sum(self.layout.blocks[block].nbytes for block in read.written())
         pulling.open.discard(link.place.index)
         if not pulling.open:
             del self._pulls[read.ticket]
@@ -282,6 +281,20 @@ class Fleet:
             if self.running:
                 self._stats.saw(pulling.clock - least)
             self._out.resolve(read.ticket, Pulled(pulling.blocks, pulling.versions, pulling.clock, least))
+
+    def _take(self, pulling: _Pulling, values: Values) -> str:
+        """Blocks go where the pull wants them. Returns what is wrong with them."""
+        assert self.layout is not None
+        known = self.layout.blocks
+        for block, buffer in zip_longest(values.blocks, values.buffers):
+            if block >= len(known) or (buffer is not None and len(buffer) != known[block].nbytes):
+                return f"a block {block} that does not fit the model"
+            self._stats.bytes_pulled += known[block].nbytes
+            if buffer is not None and pulling.call.sink is not None:
+                pulling.call.sink(block, buffer)
+            elif buffer is not None:
+                pulling.blocks[block] = buffer
+        return ""
 
     def _shared(self, link: Link, message: Shared, now: float) -> None:
         self.offers.answered(link, message)

@@ -13,7 +13,6 @@ from math import inf
 from ..protocol.join import bracket
 from ..protocol.messages import (
     Alive,
-    Buffer,
     Pull,
     Values,
 )
@@ -30,28 +29,24 @@ class Read:
     blocks: tuple[int, ...]
     held: tuple[int, int]
     region: int = 0
+    into: int = 0
+    """The region that this life of the shard was asked to write to. A repeated request must not name another: the answer to the
+    first may be under way, and what is written after it nobody waits for."""
     shard: int = 0
     after: int = 0
     sent_at: float = -inf
-    parts: dict[int, Values] = field(default_factory=dict)
+    parts: set[int] = field(default_factory=set)
+    """Of the newest answer, which parts have come."""
     parts_wanted: int = 0
+    version: int = -1
 
     def take(self, values: Values) -> bool:
         """A part has come. True when the answer is whole."""
-        if values.parts != self.parts_wanted or any(v.version != values.version for v in self.parts.values()):
+        if (values.parts, values.version) != (self.parts_wanted, self.version):
             self.parts.clear()  # an answer to a repeated request supersedes what came of the first
-            self.parts_wanted = values.parts
-        self.parts[values.part] = values
+            self.parts_wanted, self.version = values.parts, values.version
+        self.parts.add(values.part)
         return len(self.parts) == self.parts_wanted
-
-    def answer(self) -> dict[int, Buffer]:
-        """The blocks that came in buffers, by number."""
-        found = [v for v in self.parts.values() if not v.region]
-        return {b: buf for v in found for b, buf in zip(v.blocks, v.buffers, strict=True)}
-
-    def written(self) -> list[int]:
-        """The blocks that were written to the region."""
-        return [block for v in self.parts.values() if v.region for block in v.blocks]
 
 
 class Link:
@@ -109,10 +104,10 @@ class Link:
         if read.shard != self.shard:
             read.parts.clear()
             read.shard, read.after = self.shard, self.outbox.last
+            read.into = read.region if self.shares(read.region) else 0
         read.sent_at = now
         since = read.held[1] if read.held[0] == self.shard else 0
-        region = read.region if self.shares(read.region) else 0
-        return Pull(incarnation, self.shard, request, read.clock, read.after, since, region, read.blocks)
+        return Pull(incarnation, self.shard, request, read.clock, read.after, since, read.into, read.blocks)
 
     def shares(self, region: int) -> bool:
         """Has this life of the shard taken the region?"""
