@@ -23,6 +23,7 @@ from shoal.protocol.regions import PAGE, TOKEN_BYTES, plan
 from shoal.protocol.rules import SGD
 from shoal.ps.attach import Unfit, attach
 from shoal.ps.shared import MAX_REGIONS
+from shoal.worker.exchange import MOST_REGIONS
 from shoal.worker.region import Region
 
 TWO = ModelSpec((Tensor("a", "float32", (1500,), 0), Tensor("b", "float64", (3,), 0)), (SGD(lr=1.0),))
@@ -216,6 +217,22 @@ def test_both_ways_give_the_same(transport: str, monkeypatch: pytest.MonkeyPatch
         count = "bytes_shared_in" if transport == "shm" else "bytes_in"
         moved = 5000 * 4 + 2 * 6 * 8 + (0 if transport == "shm" else 5000 * 4 + 6 * 8)  # over TCP the filling, too
         until(lambda: moved == sum(shard["counters"].get(count, 0) for shard in cluster.status()["shards"]))
+
+
+def test_many_pushes_under_way_take_no_more_regions() -> None:
+    """A loop that never waits is served, in order, with a handful of regions; the rest travels as bytes."""
+    before = len(_regions_of(os.getpid()))
+    with shoal.LocalCluster(shards=1, lease=5.0) as cluster, shoal.connect(cluster.join) as worker:
+        worker.register({"w": np.zeros(4, np.float32)}, optimizer=shoal.SGD(lr=1.0))
+        shard = cluster.pids["shards"][0]
+        os.kill(shard, signal.SIGSTOP)
+        tickets = [worker.push({"w": np.full(4, -1.0, np.float32)}) for _ in range(6)]
+        os.kill(shard, signal.SIGCONT)
+        for ticket in tickets:
+            ticket.result()
+
+        assert [6.0] * 4 == worker.pull()["w"].tolist()
+        assert len(_regions_of(os.getpid())) - before <= 1 + MOST_REGIONS
 
 
 def test_without_memory_files_bytes_are_sent(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -33,6 +33,9 @@ SHARING_TIMEOUT = 2.0
 MOST_IN_FLIGHT = 256 * 1024 * 1024
 """Bytes pushed and not acknowledged over which a push waits for the oldest."""
 
+MOST_REGIONS = 4
+"""Regions for pushes under way. What more there is travels as bytes: a shard takes so many, and descriptors are few."""
+
 
 class Exchange:
     """Belongs to one worker.
@@ -198,6 +201,8 @@ class Exchange:
             if not ticket.failed:
                 return gather
             self._retire(gather.region)  # it may wait in a stream, to be sent when the shard is back
+        if sum(gather.region is not None for _, gather in self.gathers) >= MOST_REGIONS:
+            return Gather(self.cache)
         region = self._region(self.cache.layout)
         if region is not None:
             self._offer(region)
