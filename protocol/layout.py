@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .model import ITEMSIZE, ModelSpec
+from .regions import Plan, plan
 
 BLOCK_BYTES = 4 * 1024 * 1024
 MIN_BLOCK_BYTES = 4096
@@ -77,6 +78,11 @@ class Layout:
         for block in self.blocks:
             hashed.update(block.shard.to_bytes(4, "big"))
         return hashed.hexdigest()
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Where the blocks lie in a region."""
+        return plan(self.flats, self.blocks)
 
     @cached_property
     def by_shard(self) -> tuple[tuple[Block, ...], ...]:

@@ -6,11 +6,14 @@ Rules
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from .layout import Layout
 from .model import ITEMSIZE
+
+if TYPE_CHECKING:
+    from .layout import Block, Flat
 
 PAGE = 4096
 TOKEN_BYTES = 32
@@ -27,12 +30,11 @@ class Plan:
     blocks: tuple[tuple[int, int], ...]
 
 
-@lru_cache(maxsize=4)
-def plan(layout: Layout) -> Plan:
-    """The plan of every region for a model of this layout."""
+def plan(flats: Sequence[Flat], blocks: Sequence[Block]) -> Plan:
+    """The plan of every region for a model of this layout; `Layout.plan` keeps it."""
     starts, end = [], PAGE
-    for flat in layout.flats:
+    for flat in flats:
         starts.append(end)
         end += -(-flat.elements * ITEMSIZE[flat.dtype] // PAGE) * PAGE
-    spans = [(starts[b.flat] + b.start * b.itemsize, starts[b.flat] + b.stop * b.itemsize) for b in layout.blocks]
+    spans = [(starts[b.flat] + b.start * b.itemsize, starts[b.flat] + b.stop * b.itemsize) for b in blocks]
     return Plan(end, tuple(starts), tuple(spans))

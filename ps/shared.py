@@ -14,7 +14,7 @@ import numpy as np
 from ..protocol.effects import Attach, Attached, Peer, Send
 from ..protocol.layout import Layout
 from ..protocol.messages import Buffer, Pull, Push, Share, Shared, Values
-from ..protocol.regions import TOKEN_BYTES, plan
+from ..protocol.regions import TOKEN_BYTES
 from .store import Misfit
 from .weights import Weights, spans_of
 
@@ -42,7 +42,7 @@ class SharedMemory:
         if self.region(offer.incarnation, offer.region) is not None:
             return Send(peer, Shared(offer.incarnation, shard, offer.region, True, ""))
         why = ""
-        if not offer.region or offer.size != plan(layout).size or len(offer.buffers[0]) != TOKEN_BYTES:
+        if not offer.region or offer.size != layout.plan.size or len(offer.buffers[0]) != TOKEN_BYTES:
             why = "it is not a region for this model"
         elif len(self._regions.get(offer.incarnation, {})) >= MAX_REGIONS:
             why = f"{MAX_REGIONS} regions of this worker are shared"
@@ -79,7 +79,7 @@ class SharedMemory:
         for block, ranges in zip(push.blocks, spans_of(push), strict=True):
             if block not in weights.store:
                 raise Misfit("shape", f"block {block} is not on this shard")
-            start, stop = plan(weights.layout).blocks[block]
+            start, stop = weights.layout.plan.blocks[block]
             whole = memory[start:stop]
             if ranges is not None:
                 weights.store.check_ranges(block, ranges)
@@ -106,7 +106,7 @@ class SharedMemory:
         store = weights.store
         blocks = tuple(store.changed_since(pull.since, pull.blocks))
         for block in blocks:
-            start, stop = plan(weights.layout).blocks[block]
+            start, stop = weights.layout.plan.blocks[block]
             store.copy_into(block, memory[start:stop])
         said = Values(pull.incarnation, shard, pull.request, 0, 1, store.version, min_clock, pull.region, blocks, ())
         self._said[pull.incarnation] = said

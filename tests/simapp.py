@@ -16,7 +16,6 @@ from shoal.protocol.effects import COORDINATOR, Fail, Resolve, Tick
 from shoal.protocol.errors import ServerLost, WorkerEvicted
 from shoal.protocol.messages import Place
 from shoal.protocol.model import ModelSpec, Tensor
-from shoal.protocol.regions import plan
 from shoal.protocol.rules import SGD
 from shoal.ps.coordinator import Coordinator, Settings
 from shoal.ps.shard import Shard
@@ -45,8 +44,8 @@ class Memory:
         assert app.core.layout is not None
         self.number = next(app.cluster.region_numbers)
         self.token = sim.random.randbytes(32)
-        self.spans = plan(app.core.layout).blocks
-        self.bytes = sim.memory[self.token] = bytearray(plan(app.core.layout).size)
+        self.spans = app.core.layout.plan.blocks
+        self.bytes = sim.memory[self.token] = bytearray(app.core.layout.plan.size)
         app._call(calls.ShareCalled, lambda _: None, self.number, 1, 3, len(self.bytes), self.token)
 
     def block(self, index: int) -> memoryview:

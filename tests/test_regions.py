@@ -19,7 +19,7 @@ from shoal.protocol import messages as m
 from shoal.protocol.effects import Attach, Attached, Received
 from shoal.protocol.layout import lay_out
 from shoal.protocol.model import ModelSpec, Tensor
-from shoal.protocol.regions import PAGE, TOKEN_BYTES, plan
+from shoal.protocol.regions import PAGE, TOKEN_BYTES
 from shoal.protocol.rules import SGD
 from shoal.ps.attach import Unfit, attach
 from shoal.ps.shared import MAX_REGIONS
@@ -50,7 +50,7 @@ def test_both_sides_see_the_same_bytes(region: Region) -> None:
     memory = attach(offered(region))
     region.flats[0][1024] = 5.0
     region.flats[1][2] = 7.0
-    found = plan(layout)
+    found = layout.plan
 
     assert (PAGE, PAGE + 8192) == found.flats
     assert [(0, 4096), (4096, 6000), (8192, 8216)] == [(a - PAGE, b - PAGE) for a, b in found.blocks]
@@ -96,7 +96,7 @@ class Sharing(ShardBench):
 
     def __init__(self, **other: Any) -> None:
         super().__init__(**other)
-        self.plan = plan(self.layout)
+        self.plan = self.layout.plan
         self.memory = memoryview(bytearray(self.plan.size))
         self.offer = m.Share(1, SHARD, 1, 2, 3, self.plan.size, (bytes(32),))
         (self.asked,) = self.core.handle(Received(peer_of(1), self.offer), self.now)
@@ -274,12 +274,12 @@ def test_a_worker_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
     """No name, no file: when its life has ended the shard lets go of the last of it."""
     script = tmp_path / "worker.py"
     script.write_text(
-        "import numpy as np, shoal, time\n"
+        "import numpy as np, shoal, signal\n"
         "worker = shoal.connect()\n"
         "worker.register({'w': np.zeros(100_000, np.float32)}, optimizer=shoal.SGD(lr=1.0))\n"
         "worker.push(worker.buffers.gradients).result()\n"
         "print('ready', flush=True)\n"
-        "time.sleep(60)\n"
+        "signal.pause()\n"
     )
     with shoal.LocalCluster(shards=1, lease=1.5) as cluster:
         environment = os.environ | {"SHOAL_JOIN": cluster.join, "PYTHONUNBUFFERED": "1"}

@@ -52,6 +52,13 @@ def describe(name: str, array: Array, group: int = 0) -> Tensor:
     return Tensor(name, dtype, tuple(int(size) for size in array.shape), group)
 
 
+def _fits(array: Array, wanted: Tensor) -> bool:
+    """Is it of the registered dtype and shape? As `describe` would say, without making a record of it."""
+    if not is_torch(array) and not isinstance(array, np.ndarray | np.generic):
+        return False
+    return _name_of(array.dtype) == wanted.dtype and tuple(array.shape) == wanted.shape
+
+
 @functools.cache
 def _name_of(dtype: Any) -> str:
     """What a numpy or torch dtype is called on the wire. numpy takes microseconds to say it."""
@@ -226,31 +233,36 @@ class Gather:
             ShapeError: a name, shape or dtype is not as registered.
             NonFiniteError: with `check`, a gradient holds NaN or infinity; names the tensor.
         """
-        if arrays is self.views:
-            return self._put_all(check)
+        if arrays is not self.views:
+            self._copy(arrays)
+        if len(arrays) == len(self._cache.layout.spec.tensors):
+            return self._all(check)
         names = tuple(arrays)
         if names != self._names:
             self._names, self._parts = names, None
         self._spans = {}
-        for name, array in arrays.items():
-            if self.views.get(name) is array:
-                continue
-            wanted, found = self._cache.tensor(name), describe(name, array)
-            if (wanted.dtype, wanted.shape) != (found.dtype, found.shape):
-                raise ShapeError(
-                    f"{name!r} is {found.dtype}{list(found.shape)}, registered as {wanted.dtype}{list(wanted.shape)}"
-                )
-        for name, array in arrays.items():
+        for name in names:
             flat, piece = self._cache._where[name]
-            target = self._flats[flat][piece.start : piece.stop]
-            if self.views.get(name) is not array:
-                target[...] = bits(array)
-            if check and not all_finite(target, self._cache.tensor(name).dtype):
+            if check and not all_finite(self._flats[flat][piece.start : piece.stop], self._cache.tensor(name).dtype):
                 raise self._nonfinite(name)
             self._spans.setdefault(flat, []).append((piece.start, piece.stop))
 
-    def _put_all(self, check: bool) -> None:
-        """The caller has written the whole of it."""
+    def _copy(self, arrays: Mapping[str, Array]) -> None:
+        """Bring in what is not here already: all that fits, or nothing."""
+        foreign = {name: array for name, array in arrays.items() if self.views.get(name) is not array}
+        for name, array in foreign.items():
+            wanted = self._cache.tensor(name)
+            if not _fits(array, wanted):
+                found = describe(name, array)
+                raise ShapeError(
+                    f"{name!r} is {found.dtype}{list(found.shape)}, registered as {wanted.dtype}{list(wanted.shape)}"
+                )
+        for name, array in foreign.items():
+            flat, piece = self._cache._where[name]
+            self._flats[flat][piece.start : piece.stop] = bits(array)
+
+    def _all(self, check: bool) -> None:
+        """Every tensor is in: look through whole flats."""
         layout = self._cache.layout
         self._names, self._parts = (), self._parts if self._names == () else None
         self._spans = {number: [(0, flat.elements)] for number, flat in enumerate(layout.flats)}

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..protocol.layout import Layout
 from ..protocol.mapping import mapped
-from ..protocol.regions import NAME, TOKEN_BYTES, plan
+from ..protocol.regions import NAME, TOKEN_BYTES
 
 _ADD_SEALS, _SEALS = 1033, 0x1 | 0x2 | 0x4
 _numbers = count(1)
@@ -35,7 +35,7 @@ class Region:
         self.fd = -1
         self.number = next(_numbers)
         """Never used again in this process."""
-        self.size = plan(layout).size
+        self.size = layout.plan.size
         self.token = os.urandom(TOKEN_BYTES)
         self.fd = os.memfd_create(NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -48,7 +48,7 @@ class Region:
         memory[:TOKEN_BYTES] = self.token
         self.flats: list[np.ndarray[Any, np.dtype[Any]]] = [
             np.frombuffer(memory, NUMPY[flat.dtype], flat.elements, start)
-            for flat, start in zip(layout.flats, plan(layout).flats, strict=True)
+            for flat, start in zip(layout.flats, layout.plan.flats, strict=True)
         ]
 
     def close(self) -> None:
