@@ -322,7 +322,7 @@ def test_the_wins_are_kept() -> None:
     few tries, so that noise does not fail this and a lost zero-copy does (it costs twice and more)."""
     nbytes = 32_000_000
     best = {"pull": 0.0, "push": 0.0}
-    for _ in range(3):
+    for _ in range(6):
         with limits.memory(nbytes) as memory, pushpull.ours(nbytes, shards=1) as calls:
             seconds = pushpull.measure([{name: calls[name] for name in ("push", "pull")}, memory], 5, 1)
         best["pull"] = max(best["pull"], seconds["copy"] / seconds["pull"])
