@@ -378,6 +378,10 @@ class Shard:
                 self._weights.check(push)
             if push.blocks:
                 self._gradients(push, clock)
+        except Exception:
+            if self._sync and self._weights is not None and clock == push.clock:
+                self._weights.spoil(push.incarnation)
+            raise
         finally:  # a refused gradient must not hold the worker's clock, and with it everybody
             if push.advance and clock == push.clock:
                 if self._sync and self._weights is not None:

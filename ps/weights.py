@@ -45,6 +45,8 @@ class Weights:
         self._filling: set[int] = set()
         self._average = StepAverage()
         self._collected: dict[int, list[Push]] = {}
+        self._spoiled: set[int] = set()
+        """Workers of whose open step a part was refused: it will not count."""
 
     def restart_filling(self) -> None:
         """Another worker fills from now on: what the one before had sent does not count."""
@@ -90,13 +92,18 @@ class Weights:
     def drop(self, incarnation: int) -> None:
         """A worker will not finish the open step."""
         self._collected.pop(incarnation, None)
+        self._spoiled.discard(incarnation)
+
+    def spoil(self, incarnation: int) -> None:
+        """A part of a worker's open step was refused: all of the step adds nothing and weighs nothing."""
+        self._collected.pop(incarnation, None)
+        self._spoiled.add(incarnation)
 
     def contribute(self, last: Push, rank: int) -> None:
         """A worker has finished the open step with `last`. `rank` is its place in the order of joining."""
-        collected = self._collected.pop(last.incarnation, [])
-        try:
-            self.check(last)
-        except Misfit:  # it was refused: it adds nothing and weighs nothing
+        collected, spoiled = self._collected.pop(last.incarnation, []), last.incarnation in self._spoiled
+        self._spoiled.discard(last.incarnation)
+        if spoiled:
             return
         if last.examples > 0:
             for push in collected:

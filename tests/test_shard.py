@@ -337,6 +337,20 @@ def test_no_push_brings_a_shard_down(hyper: Any, examples: float) -> None:
     assert (1, True) == (bench.report().floor, bool(np.isfinite(bench.weights).all()))
 
 
+def test_a_refused_part_takes_its_step_with_it() -> None:
+    """The examples of a worker whose gradient was refused dilute nobody's average (§6.3)."""
+    bench = ShardBench(mode="sync")
+    bench.start(1, 2)
+    bench.push(1, 0, nan, 0.0, advance=False)
+    bench.push(1, 0, -1.0, 0.0)
+    bench.push(2, 0, -1.0, 0.0)
+    assert [1.0, 0.0] == bench.weights
+
+    bench.push(1, 1, -1.0, 0.0)
+    bench.push(2, 1, -3.0, 0.0)
+    assert [3.0, 0.0] == bench.weights
+
+
 def test_the_order_of_joining_outlives_a_view() -> None:
     """The contributor that joined first decides, also when a view in between has lost somebody before it (§6.3)."""
     bench = ShardBench((1, 2, 3), mode="sync")

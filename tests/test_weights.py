@@ -133,8 +133,25 @@ def test_only_finished_steps_count(weights: Weights) -> None:
         assert [[0.5, 0.0], [0, 0, 0]] == values(weights)
 
 
+def test_a_step_counts_whole_or_not_at_all(weights: Weights) -> None:
+    """A step of which a part was refused adds nothing and weighs nothing; the worker's next one counts (§6.3)."""
+    weights.collect(pushed(1, {0: [9, 9]}, advance=False))
+    weights.spoil(1)
+    weights.collect(pushed(1, {0: [9, 9]}))
+    weights.contribute(pushed(1, {}), 0)
+    weights.collect(pushed(2, {0: [1, 2]}))
+    weights.contribute(pushed(2, {}), 1)
+    weights.close_step()
+    assert [0.0, -1.0] == values(weights)[0]
+
+    weights.collect(pushed(1, {0: [1, 1]}))
+    weights.contribute(pushed(1, {}), 0)
+    weights.close_step()
+    assert [-1.0, -2.0] == values(weights)[0]
+
+
 def test_a_step_that_does_not_end_is_bounded(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker may push a step in many parts, not without end: what is refused leaves the rest of the step as it was (§2.3)."""
+    """A worker may push a step in many parts, not without end (§2.3)."""
     monkeypatch.setattr("shoal.ps.weights.MAX_COLLECTED", 24)
     part = pushed(1, {0: [1, 1]}, advance=False)
     for _ in range(5):  # 40 bytes: twice the shard's own
