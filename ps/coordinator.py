@@ -274,7 +274,7 @@ class Coordinator:
     def _join(self, peer: Peer, join: Join) -> None:
         life = self.members.get(join.incarnation)
         if life is not None:
-            life.peer = peer
+            life.peer, life.renewed_at = peer, self.now  # it lives, though no welcome has reached it yet
             return self._send(peer, self._welcome(life))
         if not self.shards.ready:
             self._lobby.wait(peer, join, self.now)

@@ -54,6 +54,17 @@ def test_a_join_is_answered_once_there_are_shards() -> None:
     assert (epoch, welcome.worker, [0, 1]) == (bench.core.epoch, again.worker, [place.index for place in again.shards])
 
 
+def test_a_worker_that_still_asks_to_join_is_alive() -> None:
+    """Its welcomes may be held up on the way back for longer than a lease, as those of a host whose cable was pulled are (§3.1.2)."""
+    bench = CoordinatorBench()
+    bench.shard()
+    for _ in range(3):
+        epoch = only(m.Welcome, bench.join(1)).epoch
+        bench.after(14.9)
+
+    assert ["Renewed"] == kinds(bench.renew(1, epoch=epoch))
+
+
 @pytest.mark.parametrize("how", ["leave", "lease", "process", "restart"])
 def test_an_incarnation_lives_once(how: str) -> None:
     """Once it has ended, by whatever way, it is told so and never admitted again, and its data is free (MUST, §3.1.2, §3.3.2)."""
