@@ -55,7 +55,7 @@ def test_a_join_is_answered_once_there_are_shards() -> None:
 
 
 def test_a_worker_that_still_asks_to_join_is_alive() -> None:
-    """Its welcomes may be held up on the way back for longer than a lease, as those of a host whose cable was pulled are (§3.1.2)."""
+    """Its welcomes may be held up on the way back, as those of a host whose cable was pulled are (§3.1.2)."""
     bench = CoordinatorBench()
     bench.shard()
     for _ in range(3):
