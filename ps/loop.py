@@ -20,6 +20,7 @@ from math import ceil, inf
 from typing import Any, Protocol
 
 import zmq
+from zmq.backend import Socket as Bare
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
@@ -52,6 +53,9 @@ OUTBOX_BYTES = 512 * 1024 * 1024
 OUTBOX_MESSAGES = 8192
 OUTBOX_RETRY = 0.002
 _NOT_OURS = (errno.EADDRNOTAVAIL, errno.ENODEV)
+SMALL = 65_536
+"""Bytes below which a frame is copied into the socket: cheaper than to keep track of it."""
+_MORE = zmq.NOBLOCK | zmq.SNDMORE
 TURN = 128
 """Messages taken in before ticks and outboxes get their turn."""
 
@@ -225,9 +229,11 @@ class Loop:
     def _receive(self, socket: zmq.Socket[bytes], routed: bool) -> None:
         for _ in range(TURN):
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = [Bare.recv(socket, zmq.NOBLOCK, False)]
             except zmq.Again:
                 return
+            while frames[-1].more:
+                frames.append(Bare.recv(socket, zmq.NOBLOCK, False))
             peer: bytes | int = frames.pop(0).bytes if routed else COORDINATOR
             try:
                 message = decode([frame.buffer for frame in frames])
@@ -310,8 +316,11 @@ class Loop:
         except Exception as error:
             log(self._label, "error", f"encoding {type(message).__name__} failed: {type(error).__name__}: {error}")
             return True
+        last = len(frames) - 1
         try:
-            self._router.send_multipart([peer, *frames], zmq.NOBLOCK, copy=False)
+            Bare.send(self._router, peer, _MORE, True)
+            for number, frame in enumerate(frames):
+                Bare.send(self._router, frame, _MORE if number < last else zmq.NOBLOCK, len(frame) < SMALL)  # type: ignore[call-overload]
         except zmq.Again:
             return False
         except zmq.ZMQError as error:

@@ -162,9 +162,6 @@ class Shard:
         self._welcomed = False
         self._join()
 
-    def _spare(self, _: Peer, message: Waiting) -> None:
-        pass
-
     def _model(self, _: Peer, message: Model) -> None:
         if message.run != self._run or (self._weights and self._weights.layout.digest == message.digest):
             return self._report()
@@ -313,9 +310,7 @@ class Shard:
                 self._apply(operation)
             except Misfit as misfit:
                 refusal = (misfit.code, str(misfit)[:256])
-            except (
-                Exception
-            ) as error:  # a fault of ours or of torch's must not take the shard down with everybody's weights
+            except Exception as error:  # a fault of ours or of torch's must not take everybody's weights with it
                 self._log("error", f"applying {type(operation).__name__} failed: {type(error).__name__}: {error}")
                 refusal = ("internal", f"{type(error).__name__}: {error}"[:256])
             if refusal:
@@ -562,7 +557,7 @@ _FROM_WORKERS: dict[type[Message], _Act] = {
 _FROM_COORDINATOR: dict[type[Message], _Act] = {
     ShardWelcome: Shard._welcome,
     Evicted: Shard._forgotten,
-    Waiting: Shard._spare,
+    Waiting: Shard._ignore,
     Model: Shard._model,
     View: Shard._new_view,
     Refused: Shard._ignore,

@@ -49,10 +49,10 @@ def test_an_answer_is_of_one_moment(parts: int) -> None:
 def test_a_pull_names_what_is_held_of_this_life_only() -> None:
     """`since` is the version held, or 0 if that was another incarnation's; `after` is where the stream was when it was asked."""
     one = link()
-    one.outbox.add(Start(1, 9, 0, 4))
+    one.outbox.add(Start(1, 9, 1, 4))
     one.reads = {5: read(held=(9, 33)), 6: read(held=(8, 33))}
     first, second = one.pull(5, 1, 101.0), one.pull(6, 1, 101.0)
-    one.outbox.add(Start(1, 9, 0, 5))
+    one.outbox.add(Start(1, 9, 2, 5))
 
     assert (9, 5, 4, 1, 33) == (first.shard, first.request, first.clock, first.after, first.since)
     assert 0 == second.since
@@ -84,7 +84,7 @@ def test_silence_counts_while_something_is_awaited() -> None:
     assert 1.0 == one.owed(505.0)
     one.reads.clear()
     one.heard(506.0)
-    one.outbox.add(Start(1, 9, 0, 0))
+    one.outbox.add(Start(1, 9, 1, 0))
     assert [0.0, 2.0] == [one.owed(600.0), one.owed(602.0)]
     one.outbox.acknowledge(1)
     assert 0.0 == one.owed(700.0)
@@ -100,7 +100,7 @@ def test_gaps_are_answered_once_in_a_while() -> None:
     """A shard says `gap` to each operation it cannot take yet; the stream is not sent again for each."""
     one = link()
     for clock in range(3):
-        one.outbox.add(Start(1, 9, 0, clock))
+        one.outbox.add(Start(1, 9, one.outbox.next, clock))
     one.outbox.due()
 
     assert 3 == one.rewind(100.0, at_most_every=0.25)

@@ -12,8 +12,8 @@ from shoal.worker import outbox
 from shoal.worker.outbox import WINDOW, WINDOW_BYTES, Outbox
 
 
-def push(size: int = 0) -> Operation:
-    return Push(1, 2, 0, 3, False, 1.0, (), 0, (0,), (), (bytes(size),))
+def push(size: int, seq: int) -> Operation:
+    return Push(1, 2, seq, 3, False, 1.0, (), 0, (0,), (), (bytes(size),))
 
 
 def numbers(operations: list[Any]) -> list[int]:
@@ -34,7 +34,7 @@ def test_an_outbox_is_a_list_with_a_window(seed: int, monkeypatch: pytest.Monkey
         match dice.choice(("add", "add", "send", "send", "acknowledge", "rewind")):
             case "add":
                 sizes.append(dice.choice((0, 1, 30, 50, 99, 100, 101, 500)))
-                box.add(push(sizes[-1]), ticket=len(sizes) + 1000)
+                box.add(push(sizes[-1], box.next), ticket=len(sizes) + 1000)
             case "send":
                 wanted = []
                 while sent + 1 < len(sizes):
@@ -65,9 +65,9 @@ def test_the_window_is_that_of_the_specification() -> None:
     """SPEC §2.3: 32 MiB and 1,024 operations under way, but always at least one."""
     many, large = Outbox(), Outbox()
     for _ in range(WINDOW + 5):
-        many.add(Start(1, 2, 0, 3))
+        many.add(Start(1, 2, many.next, 3))
     for _ in range(3):
-        large.add(push(WINDOW_BYTES + 1))
+        large.add(push(WINDOW_BYTES + 1, large.next))
 
     assert (1024, 32 * 1024 * 1024) == (WINDOW, WINDOW_BYTES)
     assert list(range(1, WINDOW + 1)) == numbers(many.due())

@@ -3,7 +3,8 @@ fleet (the shards) and the desk (requests to the coordinator).
 
 Rules
 - `handle` is the only method that changes anything; it never waits, never reads a clock.
-- After every event it pursues what is wanted; so any message may be lost, and any event may come at any time.
+- After every event it pursues what is wanted; so any message may be lost, and any event may come at any time. While all is
+  settled, a push or a pull pursues itself alone.
 - A ticket ends once, with `Resolve` or `Fail`.
 """
 
@@ -20,6 +21,7 @@ from ..protocol.errors import AuthError, ConfigError, ShapeError, VersionError, 
 from ..protocol.join import bracket
 from ..protocol.layout import Layout, lay_out
 from ..protocol.messages import (
+    Ack,
     Buffer,
     Claim,
     Cluster,
@@ -39,6 +41,7 @@ from ..protocol.messages import (
     Registered,
     Renew,
     Renewed,
+    Values,
     Waiting,
     Welcome,
 )
@@ -109,6 +112,8 @@ class Core:
         self._heard_at = 0.0
         self._owed_since: float | None = None
         self._baseline = self._confirmed = self._snapshot = Stats()
+        self._settled = False
+        """Is there nothing to pursue but pushes and pulls?"""
 
     def handle(
         self, event: Call | Received | Tick | Linked | Unlinked | Denied | Unreadable, now: float
@@ -137,6 +142,9 @@ class Core:
                 self._called(event)
         if self.phase is Phase.CLOSED:
             self.wake_at = inf
+        elif self._settled and type(getattr(event, "message", event)) in _FLOWING:
+            self.fleet.flow(now)
+            self.wake_at = min(self.wake_at, now + RETRY / 2)
         elif type(event) is not calls.LogCalled:  # it travels with the next renewal
             self._pursue()
         return self._out.take()
@@ -384,7 +392,9 @@ class Core:
                 self._out.resolve_all(self._openers, None)
             self.fleet.watch(now, self.server_timeout)
         self._watch_coordinator()
-        pending = self.phase is Phase.JOINING or len(self._desk) or self._done or self._openers or self.fleet.busy
+        asking = bool(self.phase is Phase.JOINING or len(self._desk) or self._done or self._openers)
+        self._settled = not asking and self.phase is Phase.JOINED and self.fleet.settled
+        pending = asking or self.fleet.busy
         self.wake_at = min(self._renew_at if self.phase is Phase.JOINED else inf, now + RETRY / 2 if pending else inf)
 
     def _want_registration(self) -> None:
@@ -508,6 +518,9 @@ def _declaration(call: calls.DeclareCalled, ticket: int) -> Ask:
 def _complete(lease: int, done: int) -> Callable[[int, int], Message]:
     return lambda incarnation, request: Complete(incarnation, request, lease, done)
 
+
+_FLOWING = frozenset({calls.PushCalled, calls.PullCalled, Ack, Values})
+"""What pushes and pulls are made of."""
 
 _CALLS: dict[type[Call], Callable[[Core, Any], None]] = {
     calls.OpenCalled: Core._open,

@@ -73,6 +73,7 @@ class Fleet:
     def __init__(self, out: Outgoing, stats: Stats) -> None:
         self.links: dict[int, Link] = {}
         self.layout: Layout | None = None
+        self._participants: list[int] = []
         self.registered = False
         self.running = False
         """Counted in at every shard."""
@@ -135,6 +136,7 @@ class Fleet:
     def has_layout(self, layout: Layout, source: Callable[[int], Buffer]) -> None:
         """The coordinator has registered the model. `source` gives a block's values if a shard is to be filled."""
         self.layout, self._source, self.registered = layout, source, True
+        self._participants = [index for index, blocks in enumerate(layout.by_shard) if blocks]
 
     def fill(self, shards: Sequence[int], epoch: int) -> None:
         """These shards are to be filled by this worker, says the view of `epoch`."""
@@ -159,7 +161,7 @@ class Fleet:
                 push = Push(
                     self._incarnation,
                     link.shard,
-                    0,
+                    link.outbox.next,
                     self._stats.clock,
                     call.advance and number == len(parts),
                     call.examples,
@@ -320,9 +322,14 @@ class Fleet:
         if self.registered:
             self._fill()
             self._enter()
-            self.offers.pursue(self._incarnation, [self.links[i] for i in self.participants() if i in self.links], now)
+            self.offers.pursue(self._incarnation, self._owners(), now)
+        self.flow(now)
+
+    def flow(self, now: float) -> None:
+        """Send what may be sent of pushes and pulls: all that there is to pursue while the fleet is `settled`."""
+        if self._pulls and self.registered and (self.running or not self.active):
             for pulling in self._pulls.values():
-                if not pulling.open and (self.running or not self.active):
+                if not pulling.open:
                     self._issue(pulling, now)
         for index, link in self.links.items():
             if link.open:
@@ -330,12 +337,27 @@ class Fleet:
                     self._out.send(index, operation)
 
     @property
+    def settled(self) -> bool:
+        """Is this worker known and counted in everywhere, with nothing on offer that is not answered?"""
+        return (
+            self.running
+            and not self.enterers
+            and all(index in self.links and self.links[index].filled_by_us for index in self._to_fill)
+            and all(link.shard and link.started and self.offers.answered_by(link) for link in self._owners())
+            and self.greeted
+        )
+
+    def _owners(self) -> list[Link]:
+        """The links to the shards that own blocks."""
+        return [self.links[index] for index in self.participants() if index in self.links]
+
+    @property
     def greeted(self) -> bool:
         return bool(self.links) and all(link.shard for link in self.links.values())
 
     def participants(self) -> list[int]:
         """The shards that own blocks."""
-        return [index for index, blocks in enumerate(self.layout.by_shard) if blocks] if self.layout else []
+        return self._participants
 
     def _fill(self) -> None:
         assert self.layout is not None
@@ -345,7 +367,8 @@ class Fleet:
                 continue
             link.filled_by_us = True
             for blocks in packed((block.index, block.nbytes) for block in self.layout.by_shard[index]):
-                link.outbox.add(Fill(self._incarnation, link.shard, 0, epoch, blocks, tuple(map(self._source, blocks))))
+                values = tuple(map(self._source, blocks))
+                link.outbox.add(Fill(self._incarnation, link.shard, link.outbox.next, epoch, blocks, values))
 
     def _enter(self) -> None:
         """Be counted in or out (SPEC §6.1.2); tell a shard that was restarted how things are."""
@@ -357,22 +380,21 @@ class Fleet:
             for link in links:
                 if not link.started:
                     link.started = True
-                    start = Start(self._incarnation, link.shard, 0, self._stats.clock)
-                    pause = Pause(self._incarnation, link.shard, 0, self._stats.clock)
-                    link.outbox.add(start if self.running else pause)
+                    kind = Start if self.running else Pause
+                    link.outbox.add(kind(self._incarnation, link.shard, link.outbox.next, self._stats.clock))
             if self.running:
                 self._out.resolve_all(self.enterers, self.layout)
             return
         for link in links:
             if not link.entering:
-                link.outbox.add(Enter(self._incarnation, link.shard, 0))
+                link.outbox.add(Enter(self._incarnation, link.shard, link.outbox.next))
                 link.entering = link.outbox.last
         if any(link.entered is None for link in links):
             return
         self._stats.clock = max([self._stats.clock, *(link.entered or 0 for link in links)])
         for link in links:
             link.started = True
-            link.outbox.add(Start(self._incarnation, link.shard, 0, self._stats.clock))
+            link.outbox.add(Start(self._incarnation, link.shard, link.outbox.next, self._stats.clock))
         self.running = True
         self._out.resolve_all(self.enterers, self.layout)
 

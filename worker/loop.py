@@ -182,7 +182,7 @@ class Loop:
                 continue
             try:
                 while not (ticket.over or self._queue or self._close_wanted) and time.monotonic() < deadline:
-                    self._turn(min(deadline - time.monotonic(), SLICE))
+                    self._turn(min(deadline - time.monotonic(), SLICE), ticket)
             finally:
                 self._release()
                 if self._close_wanted:
@@ -317,8 +317,8 @@ class Loop:
 
     # --- driving
 
-    def _turn(self, seconds: float) -> None:
-        """Poll once, at most so long, and handle what comes."""
+    def _turn(self, seconds: float, ticket: Ticket | None = None) -> None:
+        """Poll once, at most so long, and handle what comes, but nothing after that which has ended `ticket`."""
         until = min(seconds, max(0.0, self._core.wake_at - time.monotonic())) if self._core.wake_at < inf else seconds
         if self._wires.flush():
             until = min(until, 0.002)
@@ -327,6 +327,8 @@ class Loop:
             _drain(self._wake_in)
         for event in self._wires.events(ready):
             self._give(event)
+            if ticket is not None and ticket.over:
+                break
         if time.monotonic() >= self._core.wake_at:
             self._give(Tick())
 

@@ -42,6 +42,10 @@ class Offers:
         if message.region in self._regions:
             link.shared[message.region] = "" if message.accepted else message.why or "no reason was given"
 
+    def answered_by(self, link: Link) -> bool:
+        """Has this shard said its word on everything?"""
+        return link.shared.keys() >= self._regions.keys()
+
     def pursue(self, incarnation: int, links: Sequence[Link], now: float) -> None:
         """Offer what is not answered. `links` are those to the shards that own blocks."""
         for region, call in self._regions.items():

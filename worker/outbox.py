@@ -8,7 +8,7 @@ Rules
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..protocol.frames import payload_bytes
 from ..protocol.messages import Operation
@@ -43,6 +43,11 @@ class Outbox:
         return self._last
 
     @property
+    def next(self) -> int:
+        """The number of the next operation."""
+        return self._last + 1
+
+    @property
     def sent(self) -> int:
         return self._sent
 
@@ -56,14 +61,16 @@ class Outbox:
         return sum(kept.size for kept in self._kept)
 
     def add(self, operation: Operation, ticket: int = 0) -> None:
-        """Number an operation and keep it. `ticket` 0: nobody waits for it."""
+        """Keep an operation, numbered `next`. `ticket` 0: nobody waits for it."""
         self._last += 1
-        numbered = replace(operation, seq=self._last)
-        self._kept.append(_Kept(numbered, ticket, payload_bytes(numbered)))
+        assert operation.seq == self._last
+        self._kept.append(_Kept(operation, ticket, payload_bytes(operation)))
 
     def due(self) -> list[Operation]:
         """What may be sent now; it counts as sent."""
         found: list[Operation] = []
+        if self._sent == self._last:
+            return found
         first = self._last - len(self._kept) + 1
         while self._sent < self._last:
             kept = self._kept[max(self._sent + 1, first) - first]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import zmq
+from zmq.backend import Socket as Bare
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
@@ -24,6 +25,9 @@ from .greeting import NOT_ZMTP, mechanism
 
 HIGH_WATER = 1024
 TURN = 64
+SMALL = 65_536
+"""Bytes below which a frame is copied into the socket: cheaper than to keep track of it."""
+_MORE = zmq.NOBLOCK | zmq.SNDMORE
 _MISMATCH = 0x11000002  # ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
 _PUZZLED_AFTER = 3
 """Handshakes in a row that end without a word before we look for the reason."""
@@ -94,8 +98,8 @@ class Wires:
         wire = self._wires.get(peer)
         if wire is None:
             return
-        wire.waiting.append(message)
-        self._flush(wire)
+        if wire.waiting or not self._sent(wire, message):
+            wire.waiting.append(message)
 
     def flush(self) -> bool:
         """Send what waits. True if something still does."""
@@ -104,14 +108,23 @@ class Wires:
 
     def _flush(self, wire: _Wire) -> bool:
         while wire.waiting:
-            try:
-                wire.socket.send_multipart(encode(wire.waiting[0]), zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            if not self._sent(wire, wire.waiting[0]):
                 if not wire.up:
                     wire.waiting.clear()
                 return bool(wire.waiting)
             wire.waiting.popleft()
         return False
+
+    def _sent(self, wire: _Wire, message: Message) -> bool:
+        """False if the socket does not take it now."""
+        frames = encode(message)
+        last = len(frames) - 1
+        try:
+            for number, frame in enumerate(frames):
+                Bare.send(wire.socket, frame, _MORE if number < last else zmq.NOBLOCK, len(frame) < SMALL)  # type: ignore[call-overload]
+        except zmq.Again:  # of the first frame: whoever takes that takes the others
+            return False
+        return True
 
     def events(self, ready: list[tuple[object, int]]) -> Iterator[Event]:
         """What has happened on sockets that the poller found ready."""
@@ -128,9 +141,11 @@ class Wires:
     def _received(self, peer: int, wire: _Wire) -> Iterator[Event]:
         for _ in range(TURN):
             try:
-                frames = wire.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                frames = [Bare.recv(wire.socket, zmq.NOBLOCK, False)]
             except zmq.Again:
                 return
+            while frames[-1].more:
+                frames.append(Bare.recv(wire.socket, zmq.NOBLOCK, False))
             try:
                 message = decode([frame.buffer for frame in frames])
             except ProtocolError as error:
