@@ -72,7 +72,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Send these, one after the other as they are made: the first travels while the next is copied."""
+    """Send these, each made when the peer has taken the one before it; other events may come in between."""
 
     peer: Peer
     messages: Iterator[Message]

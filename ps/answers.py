@@ -1,12 +1,12 @@
 """The answer to a pull, as messages (SPEC §6.4).
 
 Rules
-- All of one answer is of one moment: it is made before anything else happens. No message is larger than a part, unless a block is.
+- All of one answer is of one moment, however long its messages take to leave. No message is larger than a part, unless a block is.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 
 from ..protocol.messages import Pull, Values
@@ -17,17 +17,24 @@ MOST_BLOCKS = 1024
 
 
 def in_buffers(pull: Pull, shard: int, store: Store, min_clock: int, counters: Counter[str]) -> Iterator[Values]:
-    """What has changed since the reader's version. Counts `bytes_out`.
+    """What has changed since the reader's version, as it is now. Counts `bytes_out` as it goes.
 
     Args:
         shard: its incarnation.
     """
-    parts = list(_parts(store, store.changed_since(pull.since, pull.blocks)))
-    for number, blocks in enumerate(parts):
-        buffers = tuple(map(store.snapshot, blocks))
-        counters["bytes_out"] += sum(map(len, buffers))
-        head = (pull.incarnation, shard, pull.request, number, len(parts), store.version, min_clock, 0)
-        yield Values(*head, blocks, buffers)
+    parts = deque(_parts(store, store.changed_since(pull.since, pull.blocks)))
+    shots = {block: store.shot(block) for blocks in parts for block in blocks}
+    head, version = (pull.incarnation, shard, pull.request), store.version
+
+    def made() -> Iterator[Values]:
+        total = len(parts)
+        for number in range(total):
+            blocks = parts.popleft()
+            buffers = tuple(shots.pop(block).values() for block in blocks)
+            counters["bytes_out"] += sum(map(len, buffers))
+            yield Values(*head, number, total, version, min_clock, 0, blocks, buffers)
+
+    return made()
 
 
 def _parts(store: Store, blocks: list[int]) -> Iterator[tuple[int, ...]]:

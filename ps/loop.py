@@ -1,7 +1,7 @@
 """The only file of the server side with sockets and a clock: it performs the effects of either core.
 
 Rules
-- One thread. Nothing here blocks but the poll; a peer that does not read fills its own outbox and nobody else's.
+- One thread. Nothing here blocks but the poll; a peer that does not read fills its own backlog and nobody else's.
 - A message that cannot be delivered is dropped: the protocol repeats what matters.
 - Whatever bytes come in, the loop goes on; what could not be read is counted by the core.
 """
@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, inf
 from typing import Any, Protocol
@@ -40,24 +39,24 @@ from ..protocol.effects import (
     Unreadable,
 )
 from ..protocol.errors import ConfigError, ProtocolError
-from ..protocol.frames import MAX_BUFFER, decode, encode, payload_bytes
+from ..protocol.frames import MAX_BUFFER, decode, encode
 from ..protocol.join import bracket
 from ..protocol.messages import Message, Share
 from .attach import Unfit, attach
+from .backlog import Backlog
 from .coordinator import Died
 from .zap import Zap, secure
 
 HIGH_WATER = 64
-OUTBOX_BYTES = 512 * 1024 * 1024
-"""Kept for one peer beyond what its socket takes; over it, everything for the peer is dropped and it must ask again."""
-OUTBOX_MESSAGES = 8192
-OUTBOX_RETRY = 0.002
+SEND_HIGH_WATER = 16
+"""Messages that a socket takes for a peer that does not read: of a slow reader, so many blocks are pinned."""
+BACKLOG_RETRY = 0.002
 _NOT_OURS = (errno.EADDRNOTAVAIL, errno.ENODEV)
 SMALL = 65_536
 """Bytes below which a frame is copied into the socket: cheaper than to keep track of it."""
 _MORE = zmq.NOBLOCK | zmq.SNDMORE
 TURN = 128
-"""Messages taken in before ticks and outboxes get their turn."""
+"""Messages taken in before ticks and backlogs get their turn."""
 
 
 class Core(Protocol):
@@ -124,7 +123,7 @@ class Listener:
 def tune(socket: zmq.Socket[bytes]) -> None:
     """What every socket of ours has in common."""
     socket.linger = 0
-    socket.sndhwm = socket.rcvhwm = HIGH_WATER
+    socket.sndhwm, socket.rcvhwm = SEND_HIGH_WATER, HIGH_WATER
     socket.maxmsgsize = MAX_BUFFER
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
     socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
@@ -133,22 +132,8 @@ def tune(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
 
 
-class _Outbox:
-    """What one peer does not take at the moment."""
-
-    def __init__(self) -> None:
-        self.messages: deque[Message] = deque()
-        self._bytes = 0
-
-    def add(self, message: Message) -> None:
-        self.messages.append(message)
-        self._bytes += payload_bytes(message)
-        if self._bytes > OUTBOX_BYTES or len(self.messages) > OUTBOX_MESSAGES:
-            self.messages.clear()
-            self._bytes = 0
-
-    def sent(self) -> None:
-        self._bytes -= payload_bytes(self.messages.popleft())
+class _Gone(Exception):
+    """Nobody is connected under this name any more."""
 
 
 class Loop:
@@ -159,7 +144,7 @@ class Loop:
         self._router = listener.socket
         self._dealer: zmq.Socket[bytes] | None = None
         self._dealer_monitor: zmq.Socket[bytes] | None = None
-        self._outboxes: dict[bytes, _Outbox] = {}
+        self._backlogs: dict[bytes, Backlog] = {}
         self._to_coordinator: deque[Message] = deque()
         self._control = b""
         self._stop = False
@@ -222,8 +207,8 @@ class Loop:
     def _timeout(self) -> int:
         """Milliseconds until something must be done unasked."""
         wake = self._core.wake_at
-        if self._outboxes or self._to_coordinator:
-            wake = min(wake, time.monotonic() + OUTBOX_RETRY)
+        if self._backlogs or self._to_coordinator:
+            wake = min(wake, time.monotonic() + BACKLOG_RETRY)
         return -1 if wake == inf else max(0, ceil((wake - time.monotonic()) * 1000))
 
     def _receive(self, socket: zmq.Socket[bytes], routed: bool) -> None:
@@ -278,21 +263,14 @@ class Loop:
                     elif self._dealer is not None:
                         self._send_up(message)
                 case Stream(peer, messages) if isinstance(peer, bytes):
-                    self._stream(peer, messages)
+                    self._backlogs.setdefault(peer, Backlog()).stream(messages)
+                    self._flush_to(peer)
                 case Log(level, text):
                     log(self._label, level, text)
                 case Attach(peer, offer):
                     self._attach(peer, offer)
                 case Stop():
                     self._stop = True
-
-    def _stream(self, peer: bytes, messages: Iterator[Message]) -> None:
-        try:
-            for message in messages:
-                self._send(peer, message)
-        except Exception as error:
-            self._core.counters["rejected.internal"] += 1
-            log(self._label, "error", f"an answer could not be made: {type(error).__name__}: {error}")
 
     def _attach(self, peer: Peer, offer: Share) -> None:
         try:
@@ -302,15 +280,22 @@ class Loop:
         self._give(event)
 
     def _send(self, peer: bytes, message: Message) -> None:
-        waiting = self._outboxes.get(peer)
+        waiting = self._backlogs.get(peer)
         if waiting is None:
-            if self._try(peer, message):
+            try:
+                if self._try(peer, message):
+                    return
+            except _Gone:
                 return
-            waiting = self._outboxes[peer] = _Outbox()
+            waiting = self._backlogs[peer] = Backlog()
         waiting.add(message)
 
     def _try(self, peer: bytes, message: Message) -> bool:
-        """False if the peer's pipe is full. A peer that is gone counts as sent."""
+        """False if the peer's pipe is full.
+
+        Raises:
+            _Gone: the peer is.
+        """
         try:
             frames = encode(message)
         except Exception as error:
@@ -326,7 +311,20 @@ class Loop:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
+            raise _Gone from None
         return True
+
+    def _flush_to(self, peer: bytes) -> None:
+        try:
+            done = self._backlogs[peer].flush(lambda message: self._try(peer, message))
+        except _Gone:
+            done = True
+        except Exception as error:
+            done = False
+            self._core.counters["rejected.internal"] += 1
+            log(self._label, "error", f"an answer could not be made: {type(error).__name__}: {error}")
+        if done:
+            del self._backlogs[peer]
 
     def _send_up(self, message: Message) -> None:
         self._to_coordinator.append(message)
@@ -335,12 +333,8 @@ class Loop:
         self._flush_up()
 
     def _flush(self) -> None:
-        for peer in list(self._outboxes):
-            waiting = self._outboxes[peer]
-            while waiting.messages and self._try(peer, waiting.messages[0]):
-                waiting.sent()
-            if not waiting.messages:
-                del self._outboxes[peer]
+        for peer in list(self._backlogs):
+            self._flush_to(peer)
         self._flush_up()
 
     def _flush_up(self) -> None:

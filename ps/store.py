@@ -2,6 +2,7 @@
 
 Rules
 - A live block is never handed out: a reader gets a copy, made once a version and shared by all who ask for that version.
+- A reader who takes his time costs nothing until the block changes: it is copied when he asks for it, or just before the change.
 - Sizes are checked here, against the layout, before anything is touched.
 """
 
@@ -38,6 +39,20 @@ class Misfit(Exception):
         self.code = code
 
 
+class Shot:
+    """A block's values at one moment."""
+
+    def __init__(self, held: _Held) -> None:
+        self._held = held
+        self._copy: Buffer = b""
+
+    def values(self) -> Buffer:
+        """They, as bytes that nobody will change."""
+        if not self._copy:
+            self._copy = self._held.snapshot()
+        return self._copy
+
+
 @dataclass(slots=True)
 class _Held:
     block: Block
@@ -48,6 +63,22 @@ class _Held:
     copy: np.ndarray[Any, np.dtype[np.uint8]] | None = None
     copied: int = -1
     """The version that `copy` is of."""
+    shot: Shot | None = None
+    """Of this version, if anybody was promised its values."""
+
+    def snapshot(self) -> memoryview:
+        live = self.weights.view(torch.uint8).numpy()
+        if self.copy is None or (self.copied != self.version and getrefcount(self.copy) > FREE):
+            self.copy, self.copied = live.copy(), self.version
+        elif self.copied != self.version:  # nobody reads the last one any more: new pages would cost more than the copy
+            self.copy[...], self.copied = live, self.version
+        return memoryview(self.copy)  # type: ignore[arg-type]
+
+    def about_to_change(self) -> None:
+        if self.shot is not None:
+            if getrefcount(self.shot) > FREE:  # somebody has not read it yet
+                self.shot.values()
+            self.shot = None
 
 
 class Store:
@@ -126,6 +157,7 @@ class Store:
         held = self._held.get(block)
         if held is None or len(payload) != held.block.nbytes:
             raise Misfit("shape", f"block {block} with {len(payload)} bytes")
+        held.about_to_change()
         held.weights.copy_(_tensor(payload, held.weights.dtype))
         self._changed(held)
 
@@ -134,6 +166,7 @@ class Store:
     ) -> None:
         """One step of the block's rule; see `Updater.apply`."""
         held = self._held[block]
+        held.about_to_change()
         held.updater.apply(gradient, ranges, numbers, workers)
         self._changed(held)
 
@@ -143,13 +176,14 @@ class Store:
 
     def snapshot(self, block: int) -> memoryview:
         """The block's values now, as bytes that nobody will change."""
+        return self._held[block].snapshot()
+
+    def shot(self, block: int) -> Shot:
+        """The block's values now, to be read later."""
         held = self._held[block]
-        live = held.weights.view(torch.uint8).numpy()
-        if held.copy is None or (held.copied != held.version and getrefcount(held.copy) > FREE):
-            held.copy, held.copied = live.copy(), held.version
-        elif held.copied != held.version:  # nobody reads the last one any more: new pages would cost more than the copy
-            held.copy[...], held.copied = live, held.version
-        return memoryview(held.copy)  # type: ignore[arg-type]
+        if held.shot is None:
+            held.shot = Shot(held)
+        return held.shot
 
     def copy_into(self, block: int, memory: memoryview) -> None:
         """The block's values now, written to `memory`, which has its length."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from math import inf
@@ -157,8 +157,7 @@ class Sim:
                 case Send(peer, message):
                     self._send(node, peer, message)
                 case Stream(peer, messages):
-                    for message in messages:
-                        self._send(node, peer, message)
+                    self._stream(node, peer, messages)
                 case Open(peer, host, _, _):
                     self.door(node, peer, host)
                 case Attach(peer, offer):
@@ -170,6 +169,19 @@ class Sim:
                 case Resolve() | Fail():
                     node.on_effect(effect, self.now)
         self._schedule_tick(node)
+
+    def _stream(self, node: Node, peer: Any, messages: Iterator[Any]) -> None:
+        """The peer reads slowly: other events come in between, and in between the messages, too."""
+
+        def go_on() -> None:
+            if self.nodes.get(node.name) is not node:
+                return
+            message = next(messages, None)
+            if message is not None:
+                self._send(node, peer, message)
+                self._stream(node, peer, messages)
+
+        self.at(self.now + self.random.uniform(0.0, 2 * self.faults.delay), go_on)
 
     def _schedule_tick(self, node: Node) -> None:
         wake = max(node.core.wake_at, self.now + 1e-6)

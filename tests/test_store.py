@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shoal.protocol.layout import lay_out
 from shoal.protocol.model import ModelSpec, Tensor
 from shoal.protocol.rules import Delta
-from shoal.ps.store import DTYPES, Misfit, Store
+from shoal.ps.store import DTYPES, Misfit, Shot, Store
 
 KINDS = ModelSpec(tuple(Tensor(dtype, dtype, (4,)) for dtype in DTYPES), (Delta(),))
 
@@ -25,11 +25,17 @@ def store_of(*elements: int) -> Store:
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(st.tuples(st.sampled_from(("fill", "apply", "read")), st.integers(0, 2)), max_size=20))
+@given(
+    st.lists(st.tuples(st.sampled_from(("fill", "apply", "read", "promise", "keep")), st.integers(0, 2)), max_size=20)
+)
 def test_versions_and_copies(moves: list[tuple[str, int]]) -> None:
-    """The version rises with every change; what changed since one is known; a copy is made once a version and never changes."""
+    """The version rises with every change; what changed since one is known; a copy is made once a version and never changes.
+
+    What was promised to a reader is of that moment, whenever he reads it.
+    """
     store, changed, value = store_of(3, 1, 2), [0, 0, 0], [0.0, 0.0, 0.0]
     kept: list[tuple[memoryview, bytes]] = []
+    promised: list[tuple[Shot, bytes]] = []
     for kind, block in moves:
         size = store.nbytes_of(block) // 4
         if kind == "read":
@@ -37,6 +43,14 @@ def test_versions_and_copies(moves: list[tuple[str, int]]) -> None:
             assert np.full(size, value[block], np.float32).tobytes() == copy
             assert copy.obj is store.snapshot(block).obj
             kept.append((copy, bytes(copy)))
+            continue
+        if kind == "promise":
+            promised.append((store.shot(block), np.full(size, value[block], np.float32).tobytes()))
+            continue
+        if kind == "keep":
+            if promised:
+                shot, then = promised.pop(0)
+                assert then == shot.values()
             continue
         if kind == "fill":
             value[block] = 5.0
@@ -47,6 +61,7 @@ def test_versions_and_copies(moves: list[tuple[str, int]]) -> None:
         changed[block] = max(changed) + 1
         assert max(changed) == store.version
     assert all(frozen == copy for copy, frozen in kept)
+    assert all(then == shot.values() for shot, then in promised)
     for since in range(store.version + 1):
         assert [b for b in range(3) if changed[b] > since] == store.changed_since(since)
         assert [b for b in (2, 0) if changed[b] > since] == store.changed_since(since, (2, 0))
@@ -85,3 +100,17 @@ def test_ranges_ascend_and_do_not_touch(ranges: list[tuple[int, int]]) -> None:
             store.check_ranges(0, ranges)
     with pytest.raises(Misfit):
         store.check_ranges(1, ranges)
+
+
+def test_a_copy_is_made_for_those_who_have_not_read() -> None:
+    """A change copies a block that somebody was promised and has not read; not one that was read, or that nobody waits for."""
+    store = store_of(2, 2, 2)
+    waiting, done = store.shot(0), store.shot(1)
+    kept = bytes(done.values())
+    store.shot(2)  # nobody holds it
+    for block in range(3):
+        store.apply(block, torch.ones(2), None, (), 1)
+
+    assert [0, 0, -1] == [held.copied for held in store._held.values()]
+    assert bytes(8) == waiting.values() == kept
+    assert np.ones(2, np.float32).tobytes() == store.shot(0).values()
