@@ -354,6 +354,8 @@ class Push:
     """Where the gradients are; 0: in the buffers."""
     blocks: Indices
     ranges: Indices
+    held: Flag
+    """Without `advance`: keep this until the step ends. With it: what is kept counts; otherwise it is dropped."""
     buffers: Buffers
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from itertools import count
 from math import inf
 from typing import Any
 
@@ -66,6 +65,7 @@ from .answers import in_buffers
 from .clocks import Clocks
 from .early import Early
 from .inbox import Inbox, Verdict
+from .roster import Roster
 from .shared import SharedMemory
 from .store import Misfit
 from .weights import Weights
@@ -96,9 +96,7 @@ class Shard:
         self._shards = 0
         self._welcomed = False
         self._view: View | None = None
-        self._names: dict[int, str] = {}
-        self._ranks: dict[int, int] = {}
-        self._order = count()
+        self._roster = Roster()
         self._weights: Weights | None = None
         self._clocks = Clocks()
         self._entered: set[int] = set()
@@ -188,16 +186,12 @@ class Shard:
             return self._report()
         first, before = self._view is None, self._view
         self._view, self._epoch = view, view.epoch
-        self._names = {member.incarnation: member.name for member in view.members}
-        before_ranks, self._ranks = self._ranks, {}
-        for member in view.members:  # in the order of joining, comparable across views
-            rank = before_ranks.get(member.incarnation)
-            self._ranks[member.incarnation] = next(self._order) if rank is None else rank
-        for gone in [known for known in {*self._inboxes, *dict(self._clocks.items())} if known not in self._names]:
+        self._roster.update(view.members)
+        for gone in [known for known in {*self._inboxes, *dict(self._clocks.items())} if known not in self._roster]:
             self._drop(gone)
         if first:  # a restarted shard: some may be counted in elsewhere, nobody knows at which clock (SPEC §6.1.5)
             self._unheard = {member.incarnation for member in view.members if member.registered}
-        self._unheard.intersection_update(self._names)
+        self._unheard.intersection_update(self._roster)
         if self._weights and not self._filled and (before is None or before.filler != view.filler):
             self._weights.restart_filling()
         self._open()
@@ -248,12 +242,12 @@ class Shard:
 
     def _hello(self, peer: Peer, message: Hello) -> None:
         newer = message.run != self._run or message.epoch > self._epoch  # epochs of two runs say nothing of each other
-        if newer and message.incarnation not in self._names:
+        if newer and message.incarnation not in self._roster:
             return self._early.wait(peer, message)
         self._greet(peer, message.incarnation)
 
     def _greet(self, peer: Peer, incarnation: int) -> None:
-        if incarnation not in self._names:
+        if incarnation not in self._roster:
             return self._send(peer, Evicted(incarnation))
         self._inboxes.setdefault(incarnation, Inbox())
         self._routes.setdefault(incarnation, peer)
@@ -265,7 +259,7 @@ class Shard:
         if inbox is not None and shard == self.incarnation:
             self._routes[incarnation] = peer
             return inbox
-        if self._view is not None and incarnation not in self._names:
+        if self._view is not None and incarnation not in self._roster:
             self.counters["evicted"] += 1
             self._send(peer, Evicted(incarnation))
         else:
@@ -373,28 +367,36 @@ class Shard:
                 self._weights.check(push)
             if push.blocks:
                 self._gradients(push, clock)
+            if push.advance and clock == push.clock and self._weights is not None and not self._sync:
+                self._weights.apply_held(push, len(self._clocks))
         except Exception:
-            if self._sync and self._weights is not None and clock == push.clock:
+            if self._weights is not None and clock == push.clock and (self._sync or push.held):
                 self._weights.spoil(push.incarnation)
             raise
         finally:  # a refused gradient must not hold the worker's clock, and with it everybody
             if push.advance and clock == push.clock:
-                if self._sync and self._weights is not None:
-                    self._weights.contribute(push, self._ranks.get(push.incarnation, len(self._ranks)))
+                if self._weights is not None and self._sync:
+                    self._weights.contribute(push, self._roster.rank(push.incarnation))
+                elif self._weights is not None:
+                    self._weights.drop(push.incarnation)
                 self._clocks.reach(push.incarnation, push.clock + 1)
 
     def _gradients(self, push: Push, clock: int | None) -> None:
         if self._weights is None:
             raise Misfit("unfilled", "no model is registered")
-        if push.region:  # in sync mode the gradients are needed longer than the region is ours: until the step ends
-            push = self._shared.brought_in(push, self._weights, copy=self._sync)
+        if push.region:  # what is kept is copied: it is needed longer than the region is ours
+            push = self._shared.brought_in(push, self._weights, copy=self._keeps(push))
             self.counters["bytes_shared_in"] += payload_bytes(push)
-        if not self._sync:
+        if not self._keeps(push):
             self._weights.apply(push, len(self._clocks))
         elif clock == push.clock:
             self._weights.collect(push)
         else:
             raise Misfit("clock", f"a push of step {push.clock} from a worker at {clock}")
+
+    def _keeps(self, push: Push) -> bool:
+        """Are its gradients needed longer than the push lasts?"""
+        return self._sync or (push.held and not push.advance)
 
     # --- pulls (SPEC §6.2, §6.4)
 
@@ -478,9 +480,7 @@ class Shard:
         if inbox is None:
             return
         slowest = self._clocks.slowest()
-        name, clock = (
-            (self._names.get(slowest, "?"), self._clocks.get(slowest) or 0) if slowest is not None else ("", 0)
-        )
+        name, clock = (self._roster.name(slowest), self._clocks.get(slowest) or 0) if slowest is not None else ("", 0)
         self._ack(message.incarnation)
         parked = tuple(self._pulls.get(message.incarnation, ()))
         self._send(
@@ -528,7 +528,7 @@ class Shard:
         """The invariants; tests call it after every event."""
         assert set(self._pulls) <= set(self._inboxes) <= set(self._routes)
         assert all(clock >= self._clocks.min for _, clock in self._clocks.items())
-        assert {known for known, _ in self._clocks.items()} <= set(self._names)
+        assert {known for known, _ in self._clocks.items()} <= set(self._roster)
         if self._filled and self._opened:
             for incarnation, parked in self._pulls.items():
                 for pull in parked.values():

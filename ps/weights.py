@@ -7,7 +7,7 @@ Rules
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import numpy as np
@@ -45,6 +45,7 @@ class Weights:
         self._filling: set[int] = set()
         self._average = StepAverage()
         self._collected: dict[int, list[Push]] = {}
+        self._held: dict[int, list[Push]] = {}
         self._spoiled: set[int] = set()
         """Workers of whose open step a part was refused: it will not count."""
 
@@ -63,46 +64,58 @@ class Weights:
             self._filling.add(block)
         self.filled = len(self._filling) == len(self.store)
 
-    def apply(self, push: Push, workers: int) -> None:
+    def apply(self, push: Push, workers: int, finite: bool = False) -> None:
         """Apply a push at once.
 
         Args:
             workers: how many are counted in.
+            finite: it was looked through before.
 
         Raises:
             Misfit: nothing of it was applied.
         """
-        for update in self._checked(push):
+        for update in self._checked(push, finite):
             self.store.apply(update.block, update.gradient, update.ranges, update.numbers, workers)
         self.updates += 1
 
     def collect(self, push: Push) -> None:
-        """Keep a push of the open step until its worker has finished the step.
+        """Keep a push of the open step until its worker has finished the step, and has said whether what was `held` counts.
 
         Raises:
             Misfit: it is not kept.
         """
         self._checked(push)
-        collected = self._collected.setdefault(push.incarnation, [])
+        kept = [*self._collected.get(push.incarnation, ()), *self._held.get(push.incarnation, ())]
         room = max(MAX_COLLECTED, 2 * self.store.nbytes)
-        if collected and sum(map(payload_bytes, (*collected, push))) > room:
+        if kept and sum(map(payload_bytes, (*kept, push))) > room:
             raise Misfit("full", f"one step may have {room} bytes at this shard: add gradients up, or end the step")
-        collected.append(push)
+        early = push.held and not push.advance
+        (self._held if early else self._collected).setdefault(push.incarnation, []).append(push)
+
+    def apply_held(self, last: Push, workers: int) -> None:
+        """A worker has finished a step with `last`, where steps are not averaged: apply what was held, if it says so."""
+        for push in self._held.get(last.incarnation, ()) if last.held else ():
+            self.apply(replace(push, hyper=last.hyper), workers, finite=True)
 
     def drop(self, incarnation: int) -> None:
-        """A worker will not finish the open step."""
+        """A worker will not finish the open step, or has."""
         self._collected.pop(incarnation, None)
+        self._held.pop(incarnation, None)
         self._spoiled.discard(incarnation)
 
     def spoil(self, incarnation: int) -> None:
         """A part of a worker's open step was refused: all of the step adds nothing and weighs nothing."""
-        self._collected.pop(incarnation, None)
+        self.drop(incarnation)
         self._spoiled.add(incarnation)
 
     def contribute(self, last: Push, rank: int) -> None:
         """A worker has finished the open step with `last`. `rank` is its place in the order of joining."""
-        collected, spoiled = self._collected.pop(last.incarnation, []), last.incarnation in self._spoiled
-        self._spoiled.discard(last.incarnation)
+        spoiled = last.incarnation in self._spoiled
+        collected = self._collected.get(last.incarnation, [])
+        if last.held:
+            held = self._held.get(last.incarnation, ())
+            collected = [*collected, *(replace(push, examples=last.examples) for push in held)]
+        self.drop(last.incarnation)
         if spoiled:
             return
         if last.examples > 0:
@@ -123,8 +136,10 @@ class Weights:
     def check(self, push: Push) -> None:
         """
         Raises:
-            Misfit: its examples or its hyperparameters cannot be, whatever else it holds.
+            Misfit: its examples or its hyperparameters cannot be, or it counts what was refused; whatever else it holds.
         """
+        if push.advance and push.held and push.incarnation in self._spoiled:
+            raise Misfit("spoiled", "a part of this step was refused")
         rules = self.layout.spec.groups
         if not 0 <= push.examples < inf:
             raise Misfit("shape", f"a gradient over {push.examples} examples")

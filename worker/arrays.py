@@ -226,6 +226,16 @@ class Gather:
     def nbytes(self) -> int:
         return sum(flat.nbytes for flat in self._flats)
 
+    def values(self, index: int) -> Bits:
+        """A block's values, where they lie."""
+        block = self._cache.layout.blocks[index]
+        return self._flats[block.flat][block.start : block.stop]
+
+    def whole(self, blocks: Iterable[int]) -> tuple[Part, ...]:
+        """Blocks as they lie here, each as a message to its shard."""
+        known = self._cache.layout.blocks
+        return tuple(Part(known[b].shard, (b,), (), (self.values(b).data.cast("B"),)) for b in blocks)
+
     def put(self, arrays: Mapping[str, Array], check: bool) -> None:
         """Copy gradients in.
 

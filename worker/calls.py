@@ -64,10 +64,19 @@ class UnshareCalled:
 
 
 @dataclass(frozen=True, slots=True)
+class EarlyCalled:
+    """Send these blocks of the step that is being made, whole, to the shards that do not have `region`."""
+
+    parts: tuple[Part, ...]
+    region: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class PushCalled:
     """Push, and with `advance` finish the step. Resolved (None) when every shard has applied it.
 
     Args:
+        early: what was sent early of this step is what these parts say; otherwise it does not count.
         region: the region that the parts' buffers lie in, at their blocks' places; 0: anywhere.
     """
 
@@ -77,6 +86,7 @@ class PushCalled:
     examples: float
     hyper: tuple[tuple[float, ...], ...]
     region: int = 0
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +205,7 @@ Call: TypeAlias = (
     | RegisterCalled
     | ShareCalled
     | UnshareCalled
+    | EarlyCalled
     | PushCalled
     | PullCalled
     | PauseCalled

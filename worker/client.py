@@ -268,6 +268,7 @@ class Worker:
         examples: float | None,
         hyper: tuple[tuple[float, ...], ...],
         timeout: float | None,
+        early: bool = False,
     ) -> Ticket:
         self._registered()
         started = time.perf_counter()
@@ -290,9 +291,8 @@ class Worker:
             raise
         if weight:
             self._step_examples.append(weight)
-        ticket = self._loop.call(
-            calls.PushCalled, parts, advance, self._weight(examples) if advance else weight, hyper, gather.number
-        )
+        weight = self._weight(examples) if advance else weight
+        ticket = self._loop.call(calls.PushCalled, parts, advance, weight, hyper, gather.number, early and bool(parts))
         gathers.append((ticket, gather))
         if advance:
             self._step_over()
@@ -334,7 +334,12 @@ class Worker:
     # --- torch
 
     def optimizer(
-        self, optimizer: torch.optim.Optimizer, model: torch.nn.Module, *, buffers: str = "local"
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        *,
+        buffers: str = "local",
+        overlap: bool = True,
     ) -> Optimizer:
         """Wrap a torch optimizer: `step` pushes gradients, ends the step, and takes weights within the bound.
 
@@ -343,13 +348,15 @@ class Worker:
                 pushed.
             model: whose parameters the optimizer holds; a compiled one is unwrapped.
             buffers: `local` (each worker keeps its own BatchNorm statistics) or `mean` (averaged through the shards).
+            overlap: to servers on other machines, gradients travel while backward still runs. They count when `step` is called and
+                finds them as they were; if something has changed them in between, they travel again.
 
         Raises:
             ConfigError: a parameter of the optimizer is not in the model, or a setting is unknown.
         """
         from .optimizer import Optimizer
 
-        return Optimizer(self, optimizer, model, buffers)
+        return Optimizer(self, optimizer, model, buffers, overlap)
 
     # --- data
 

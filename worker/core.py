@@ -50,7 +50,8 @@ from ..protocol.records import Place
 from . import calls
 from .calls import Call
 from .desk import RETRY, Ask, Desk
-from .fleet import WARN_EVERY, Fleet, lost_error
+from .failures import lost_error
+from .fleet import WARN_EVERY, Fleet
 from .outgoing import Outgoing
 from .stats import Stats
 
@@ -176,6 +177,9 @@ class Core:
             return self.fleet.push(call)
         self.stats.lost += 1
         self._out.fail(call.ticket, self._evicted_error())
+
+    def _early(self, call: calls.EarlyCalled) -> None:
+        self.fleet.early(call)
 
     def _pull(self, call: calls.PullCalled) -> None:
         self.fleet.pull(call, self._now)
@@ -519,7 +523,7 @@ def _complete(lease: int, done: int) -> Callable[[int, int], Message]:
     return lambda incarnation, request: Complete(incarnation, request, lease, done)
 
 
-_FLOWING = frozenset({calls.PushCalled, calls.PullCalled, Ack, Values})
+_FLOWING = frozenset({calls.EarlyCalled, calls.PushCalled, calls.PullCalled, Ack, Values})
 """What pushes and pulls are made of."""
 
 _CALLS: dict[type[Call], Callable[[Core, Any], None]] = {
@@ -527,6 +531,7 @@ _CALLS: dict[type[Call], Callable[[Core, Any], None]] = {
     calls.RegisterCalled: Core._register,
     calls.ShareCalled: Core._share,
     calls.UnshareCalled: Core._unshare,
+    calls.EarlyCalled: Core._early,
     calls.PushCalled: Core._push,
     calls.PullCalled: Core._pull,
     calls.PauseCalled: Core._pause,

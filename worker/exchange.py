@@ -57,6 +57,8 @@ class Exchange:
         """Those that were pushed, oldest first, with the push."""
         self.lent: Gather | None = None
         """The vectors that the caller may be writing its next gradients to."""
+        self.remote: frozenset[int] = frozenset()
+        """The shards with which memory is not shared: to them gradients travel."""
         self._cache_lock = threading.Lock()
         self._fetch_lock = threading.RLock()
         self._gather_lock = threading.Lock()
@@ -83,9 +85,12 @@ class Exchange:
         """
         assert self.cache is not None
         self.templates = templates
+        self.remote = frozenset(self.cache.shards())
         if self.cache.region is None:
             return
         refusals = self._offer(self.cache.region)
+        if -1 not in refusals:
+            self.remote = frozenset(shard for shard, why in refusals.items() if why)
         if all(refusals.values()):
             self._sharing = False
         if self._transport == "shm" and any(refusals.values()):
@@ -188,6 +193,13 @@ class Exchange:
                     self.lent = None
                     return lent
             return self._free(timeout)
+
+    def send_early(self, blocks: Iterable[int]) -> None:
+        """Blocks of the lent vectors, of a step that is not over. What goes wrong is told when it ends."""
+        assert self.lent is not None
+        with contextlib.suppress(ShoalError):
+            self._loop.tell(calls.EarlyCalled(self.lent.whole(blocks), self.lent.number))
+            self._loop.glance()
 
     def _free(self, timeout: float | None) -> Gather:
         """Vectors that no unacknowledged push needs; waits if too much is under way."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from math import inf
 
-from ..protocol.errors import NonFiniteError, ServerLost, ShapeError, ShoalError
+from ..protocol.errors import ServerLost, ShapeError
 from ..protocol.layout import Layout
 from ..protocol.messages import (
     Ack,
@@ -33,11 +33,12 @@ from ..protocol.messages import (
     Values,
 )
 from ..protocol.records import Place
-from .calls import Part, PullCalled, Pulled, PushCalled
+from .calls import EarlyCalled, Part, PullCalled, Pulled, PushCalled
+from .failures import lost_error, refusal
 from .link import Link, Read
 from .offers import Offers
 from .outgoing import Outgoing
-from .parts import in_region, packed
+from .parts import in_region, packed, without
 from .stats import Stats
 
 RETRY = 1.0
@@ -152,7 +153,13 @@ class Fleet:
         operations = 0
         for index in self.participants() if call.advance else by_shard:
             link = self.links[index]
-            parts = by_shard.get(index) or [Part(index, (), (), ())]
+            parts, early = by_shard.get(index, []), False
+            if call.advance and link.early:
+                early = call.early and not any(part.ranges for part in parts)
+                if early:
+                    parts = [left for part in parts if (left := without(part, link.early)) is not None]
+                link.early.clear()
+            parts = parts or [Part(index, (), (), ())]
             self._stats.bytes_pushed += sum(sum(map(len, part.buffers)) for part in parts)
             region = call.region if link.shares(call.region) else 0
             if region:
@@ -169,6 +176,7 @@ class Fleet:
                     region,
                     part.blocks,
                     part.ranges,
+                    early and number == len(parts),
                     part.buffers,
                 )
                 link.outbox.add(push, call.ticket)
@@ -182,6 +190,19 @@ class Fleet:
             self._stats.steps += 1
             self._stats.examples += call.examples
 
+    def early(self, call: EarlyCalled) -> None:
+        """Blocks of a step that is not over travel; those that cannot go with the rest of the step."""
+        for part in call.parts:
+            link = self.links.get(part.shard)
+            if not self.running or link is None or not link.started or link.shares(call.region):
+                continue
+            head = (self._incarnation, link.shard, link.outbox.next, self._stats.clock)
+            link.outbox.add(Push(*head, False, 0.0, (), 0, part.blocks, (), True, part.buffers))
+            link.early.update(part.blocks)
+            size = sum(map(len, part.buffers))
+            self._stats.bytes_pushed += size
+            self._stats.bytes_early += size
+
     def pull(self, call: PullCalled, now: float) -> None:
         if not call.blocks:  # of nothing
             return self._out.resolve(call.ticket, Pulled({}, {}, self._stats.clock, self._stats.min_clock))
@@ -194,6 +215,7 @@ class Fleet:
             for index in self.participants():
                 link = self.links[index]
                 link.started, link.entering, link.entered = False, 0, None
+                link.early.clear()
 
     def cancel(self, ticket: int) -> None:
         """Nobody waits for this ticket any more."""
@@ -250,7 +272,7 @@ class Fleet:
                 continue
             pushing.left -= 1
             if seq in refusals and pushing.error is None:
-                pushing.error = _refusal(*refusals[seq])
+                pushing.error = refusal(*refusals[seq])
             if pushing.left == 0:
                 del self._pushes[ticket]
                 if pushing.error:
@@ -521,25 +543,6 @@ class Fleet:
         read = self.links[index].reads.get(request) if index in self.links else None
         if read is not None:
             self._fail_pull(read.ticket, ShapeError(f"a pull was refused: {text}"))
-
-
-def lost_error(what: str, address: str, age: float) -> ServerLost:
-    return ServerLost(
-        f"{what} at {address} has not answered for {age:.1f} s",
-        address=address,
-        age=age,
-        cause="its process has ended or its host cannot be reached",
-        hint="shoal status, shoal doctor",
-    )
-
-
-def _refusal(code: str, text: str) -> ShoalError:
-    """A shard's refusal as the error that the caller sees."""
-    if code == "nonfinite":
-        return NonFiniteError(f"a push was refused: {text}")
-    if code == "unfilled":
-        return ServerLost(f"a push was refused: {text}", cause="a shard was restarted and has lost its state")
-    return ShapeError(f"a push was refused ({code}): {text}")
 
 
 _ACTS: dict[type[Message], Callable[..., None]] = {

@@ -71,6 +71,8 @@ class Link:
         self.entered: int | None = None
         """The least clock that the shard answered to it."""
         self.started = self.filled_by_us = False
+        self.early: set[int] = set()
+        """Blocks that were sent early of the step that is being made."""
         self.shared: dict[int, str] = {}
         """By region, why the shard does not share it, or ""."""
         self.offered: dict[int, float] = {}

@@ -46,7 +46,9 @@ class Optimizer(torch.optim.Optimizer):
     # GradScaler then calls `step` always, and says in `found_inf` whether the step is to be skipped.
     _step_supports_amp_scaling = True
 
-    def __init__(self, worker: Worker, optimizer: torch.optim.Optimizer, model: torch.nn.Module, buffers: str) -> None:
+    def __init__(
+        self, worker: Worker, optimizer: torch.optim.Optimizer, model: torch.nn.Module, buffers: str, overlap: bool
+    ) -> None:
         if isinstance(optimizer, Optimizer):
             raise ConfigError("this optimizer is wrapped already")
         if buffers not in _BUFFERS:
@@ -54,7 +56,7 @@ class Optimizer(torch.optim.Optimizer):
         model = getattr(model, "_orig_mod", model)
         self._ready = False
         super().__init__(optimizer.param_groups, optimizer.defaults)
-        self._worker, self._inner = worker, optimizer
+        self._worker, self._inner, self._overlap = worker, optimizer, overlap
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
         self._params = _named(optimizer, model)
         self._averaged = {n: b for n, b in model.named_buffers() if b.is_floating_point()} if buffers == "mean" else {}
@@ -84,7 +86,10 @@ class Optimizer(torch.optim.Optimizer):
         self._worker._register(arrays, rules, None)
         # Only where nobody steps here: a delta is told from what was pulled, and buffers change in forward passes.
         self._views = Views(
-            self._worker, self._params if self._rules else {}, self._averaged if self._rules else self._all()
+            self._worker,
+            self._params if self._rules else {},
+            self._averaged if self._rules else self._all(),
+            self._overlap and not self._averaged,
         )
         self._worker._closers.append(self._views.part)
         self._worker._refreshers.append(self._refresh)
@@ -113,13 +118,9 @@ class Optimizer(torch.optim.Optimizer):
             self._worker.clock(examples=0)
             self._refresh()
             return loss
-        ticket = self._worker._push(
-            self._deltas() if not self._rules else self._gradients(),
-            advance=True,
-            examples=None,
-            hyper=self._hyper(),
-            timeout=None,
-        )
+        pushed = self._gradients() if self._rules else self._deltas()
+        early = self._views.left_early(pushed)
+        ticket = self._worker._push(pushed, advance=True, examples=None, hyper=self._hyper(), timeout=None, early=early)
         self._refresh()
         try:
             ticket.result()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from .calls import Part
 
@@ -23,6 +23,15 @@ def packed(blocks: Iterable[tuple[int, int]]) -> Iterator[tuple[int, ...]]:
         size += nbytes
     if run:
         yield tuple(run)
+
+
+def without(part: Part, blocks: Collection[int]) -> Part | None:
+    """The part without these blocks, all of which are whole; None if nothing is left."""
+    kept = [at for at, block in enumerate(part.blocks) if block not in blocks]
+    if len(kept) == len(part.blocks) or part.ranges:
+        return part
+    found = Part(part.shard, tuple(part.blocks[at] for at in kept), (), tuple(part.buffers[at] for at in kept))
+    return found if kept else None
 
 
 def in_region(parts: Sequence[Part]) -> list[Part]:

@@ -22,7 +22,7 @@ class Stats:
     Attributes:
         clock: this worker's clock, in steps; min_clock: the least of all, as last heard.
         staleness: how many pulls saw which staleness (own clock minus least clock).
-        bytes_pushed, bytes_pulled: payload, without headers.
+        bytes_pushed, bytes_pulled: payload, without headers; bytes_early: of those pushed, what left while backward ran.
         seconds: by phase: push (gathering, sending), pull (waiting for weights), apply (copying them), data (waiting for leases).
         retries: operations and requests sent again.
         skipped: steps whose gradient was not finite.
@@ -37,6 +37,7 @@ class Stats:
     staleness: Counter[int] = field(default_factory=Counter)
     bytes_pushed: int = 0
     bytes_pulled: int = 0
+    bytes_early: int = 0
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     retries: int = 0
     skipped: int = 0
@@ -63,4 +64,14 @@ class Stats:
         return made
 
 
-_COUNTED = ("steps", "examples", "bytes_pushed", "bytes_pulled", "retries", "skipped", "lost", "evictions")
+_COUNTED = (
+    "steps",
+    "examples",
+    "bytes_pushed",
+    "bytes_pulled",
+    "bytes_early",
+    "retries",
+    "skipped",
+    "lost",
+    "evictions",
+)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .arrays import Array
+from .early import Early
 
 if TYPE_CHECKING:
     from .client import Worker
@@ -24,10 +25,16 @@ class Views:
 
     Args:
         viewed: parameters that become views. copied: tensors that pulls are copied to. Both by name, all registered.
+        overlap: do gradients leave while backward runs?
     """
 
-    def __init__(self, worker: Worker, viewed: Mapping[str, torch.Tensor], copied: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, worker: Worker, viewed: Mapping[str, torch.Tensor], copied: Mapping[str, torch.Tensor], overlap: bool
+    ) -> None:
         self._worker = worker
+        exchange = worker._exchange
+        assert exchange.cache is not None
+        self._early = Early(exchange.cache.layout, exchange.remote) if overlap and viewed and exchange.remote else None
         self._targets = [*viewed.items(), *copied.items()]
         self._viewed = {name: t for name, t in viewed.items() if t.device.type == "cpu" and t.is_contiguous()}
         self._at: dict[str, int] = {}
@@ -88,14 +95,32 @@ class Views:
             if gradient is not view:
                 view.copy_(gradient)
                 parameter.grad = view
+            self._leave(name)
 
         return accumulated
 
     def _where(self, name: str) -> torch.Tensor:
         if not self._lent:
             self._lent = self._worker.buffers.gradients
+            if self._early is not None:
+                self._early.begin()
         view: torch.Tensor = self._lent[name]
         return view
+
+    def _leave(self, name: str) -> None:
+        """A tensor's gradient is made: what is whole with it can go."""
+        exchange = self._worker._exchange
+        if self._early is not None and exchange.lent is not None:
+            blocks = list(self._early.made(name, exchange.lent))
+            if blocks:
+                exchange.send_early(blocks)
+
+    def left_early(self, pushed: Mapping[str, Array]) -> bool:
+        """Is what has left early of these gradients what they are now?"""
+        exchange = self._worker._exchange
+        if self._early is None or exchange.lent is None:
+            return False
+        return self._early.unchanged(exchange.lent if pushed is exchange.lent.views else None)
 
     def gradients(self) -> Mapping[str, Array]:
         """What is to be pushed: the lent arrays themselves if every gradient lies there. They are the push's now."""
