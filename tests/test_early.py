@@ -192,6 +192,21 @@ def test_nothing_is_different_but_the_time(worker: shoal.Worker) -> None:
     assert whole == twins.step()
 
 
+def test_a_step_that_was_not_made_leaves_nothing(worker: shoal.Worker) -> None:
+    """One gradient is NaN, the others have left: the caller is told, tries again, and each counts once."""
+    twins = Twins(worker)
+    twins.step()
+    twins.opt.zero_grad()
+    (twins.net(torch.randn(6, 64)).sum() + nan * twins.net[0].weight.sum()).backward()
+    assert worker.stats.bytes_early > 0
+    with pytest.raises(shoal.NonFiniteError, match="0.weight"):
+        twins.opt.step()
+    twins.opt._views._early._rest = 0  # type: ignore[union-attr]
+    twins.step()
+    whole = sum(4 * parameter.numel() for parameter in twins.net.parameters())
+    assert whole == twins.step()
+
+
 def test_it_can_be_switched_off(worker: shoal.Worker) -> None:
     """By a flag; and in shared memory nothing travels anyway."""
     twins = Twins(worker, overlap=False)

@@ -108,6 +108,22 @@ class Rewriting(Shard):
         super()._values(pull)
 
 
+class Credulous(Shard):
+    """What left early counts, whatever its worker says at the end of the step."""
+
+    def _push(self, push: Push) -> None:
+        super()._push(replace(push, held=True) if push.advance else push)
+
+
+class Unready(Shard):
+    """What left early is forgotten."""
+
+    def _push(self, push: Push) -> None:
+        if self._weights is not None and push.advance:
+            self._weights._held.clear()
+        super()._push(push)
+
+
 class Presumptuous(Shard):
     """A restarted shard does not wait for those who may run on."""
 
@@ -155,6 +171,12 @@ FAULTS: dict[str, tuple[dict[str, Any], Callable[[Cluster], None], str]] = {
     "acknowledged, not applied": ({"make_shard": Careless, "mode": "async"}, once, "acknowledged and is not there"),
     "not in the average": ({"make_shard": Careless, "mode": "sync"}, once, "is not in any average"),
     "examples ignored": ({"make_shard": Unweighted, "mode": "sync", "job": UNEVEN}, once, r"weighs"),
+    "changed since it left": ({"make_shard": Credulous, "mode": "async", "sharing": False}, once, "applied|changed"),
+    "what left is lost": (
+        {"make_shard": Unready, "mode": "async", "sharing": False},
+        once,
+        "acknowledged and is not there",
+    ),
     "a step twice": ({"make_shard": Twice, "mode": "sync"}, once, "weighs"),
     "restarted, and sure of itself": (
         {"make_shard": Presumptuous, "mode": "async", "staleness": 0.0, "job": Job(200, 4, 8, 1)} | CRASHES,

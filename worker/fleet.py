@@ -155,10 +155,11 @@ class Fleet:
             link = self.links[index]
             parts, early = by_shard.get(index, []), False
             if call.advance and link.early:
-                early = call.early and not any(part.ranges for part in parts)
+                early = call.early and not link.early_twice and not any(part.ranges for part in parts)
                 if early:
                     parts = [left for part in parts if (left := without(part, link.early)) is not None]
                 link.early.clear()
+                link.early_twice = False
             parts = parts or [Part(index, (), (), ())]
             self._stats.bytes_pushed += sum(sum(map(len, part.buffers)) for part in parts)
             region = call.region if link.shares(call.region) else 0
@@ -198,6 +199,7 @@ class Fleet:
                 continue
             head = (self._incarnation, link.shard, link.outbox.next, self._stats.clock)
             link.outbox.add(Push(*head, False, 0.0, (), 0, part.blocks, (), True, part.buffers))
+            link.early_twice |= not link.early.isdisjoint(part.blocks)
             link.early.update(part.blocks)
             size = sum(map(len, part.buffers))
             self._stats.bytes_pushed += size

@@ -73,6 +73,8 @@ class Link:
         self.started = self.filled_by_us = False
         self.early: set[int] = set()
         """Blocks that were sent early of the step that is being made."""
+        self.early_twice = False
+        """One of them was sent again: which of the two counts nobody could say."""
         self.shared: dict[int, str] = {}
         """By region, why the shard does not share it, or ""."""
         self.offered: dict[int, float] = {}
