@@ -134,6 +134,7 @@ class Cache:
         self.held: dict[int, tuple[int, int]] = {}
         """By shard, the incarnation and version that every block here is of."""
         self._flats = _flats(layout, region)
+        self._views: dict[str, Array] = {}
         self._where: dict[str, tuple[int, Piece]] = {}
         for number, flat in enumerate(layout.flats):
             for piece in flat.pieces:
@@ -145,6 +146,7 @@ class Cache:
     def move(self, region: Region | None) -> Region | None:
         """Go on in another region, or without one: a shard may yet write to the old one. Returns that."""
         before, self.region = self.region, region
+        self._views = {}
         old, self._flats = self._flats, _flats(self.layout, region)
         for flat, values in zip(self._flats, old, strict=True):
             np.copyto(flat, values)
@@ -168,6 +170,12 @@ class Cache:
         """The tensor's values, flat; a view of the cache."""
         flat, piece = self._where[name]
         return self._flats[flat][piece.start : piece.stop]
+
+    def views(self, templates: Mapping[str, Template]) -> Mapping[str, Array]:
+        """Arrays like those registered, which share the cache's memory."""
+        if not self._views:
+            self._views = {name: template.view(self.values(name)) for name, template in templates.items()}
+        return self._views
 
     def set(self, name: str, array: Array) -> None:
         self.values(name)[...] = bits(array)

@@ -19,8 +19,6 @@ class Buffers:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._weights: dict[str, Array] = {}
-        self._of: object = None
 
     @property
     def weights(self) -> Mapping[str, Array]:
@@ -30,10 +28,7 @@ class Buffers:
         """
         cache = self._exchange.cache
         assert cache is not None
-        if self._of is not cache.region or not self._weights:
-            self._of = cache.region
-            self._weights = {name: t.view(cache.values(name)) for name, t in self._exchange.templates.items()}
-        return self._weights
+        return cache.views(self._exchange.templates)
 
     @property
     def gradients(self) -> Mapping[str, Array]:

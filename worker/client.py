@@ -92,6 +92,7 @@ class Worker:
         self._jobs = 0
         self._logged: set[str] = set()
         self._refreshers: list[Callable[[], None]] = []
+        self._arrivers: list[Callable[[float], None]] = []
         self._closers: list[Callable[[], None]] = []
         self._last_push: Ticket | None = None
         self._on_exit: Callable[[], None] | None = None
@@ -216,7 +217,7 @@ class Worker:
         cache = self._registered()
         if out is not None and out is self._buffers.weights and names is None:
             with self._exchange.fetched(None, timeout):
-                return dict(out)
+                return dict(self._buffers.weights)
         wanted = _names(names, out, self._exchange.templates)
         if out is not None:
             for name in wanted:
@@ -340,6 +341,7 @@ class Worker:
         *,
         buffers: str = "local",
         overlap: bool = True,
+        prefetch: bool = False,
     ) -> Optimizer:
         """Wrap a torch optimizer: `step` pushes gradients, ends the step, and takes weights within the bound.
 
@@ -350,13 +352,16 @@ class Worker:
             buffers: `local` (each worker keeps its own BatchNorm statistics) or `mean` (averaged through the shards).
             overlap: to servers on other machines, gradients travel while backward still runs. They count when `step` is called and
                 finds them as they were; if something has changed them in between, they travel again.
+            prefetch: `step` does not wait for the next weights: they arrive while the loop prepares its next batch, and are there
+                when the model is called. Between the two its parameters are those before the step, which is why this is to be
+                asked for. Takes the memory of another copy of the model.
 
         Raises:
             ConfigError: a parameter of the optimizer is not in the model, or a setting is unknown.
         """
         from .optimizer import Optimizer
 
-        return Optimizer(self, optimizer, model, buffers, overlap)
+        return Optimizer(self, optimizer, model, buffers, overlap, prefetch)
 
     # --- data
 
@@ -445,6 +450,9 @@ class Worker:
         if self._loop.closed:
             return
         try:
+            for arrive in self._arrivers:
+                with contextlib.suppress(ShoalError):
+                    arrive(CLOSE_TIMEOUT)
             with contextlib.suppress(ShoalError):
                 self.drain(CLOSE_TIMEOUT)
             with contextlib.suppress(ShoalError):

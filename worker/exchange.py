@@ -52,6 +52,9 @@ class Exchange:
             raise ConfigError(f"SHOAL_TRANSPORT is {transport!r}", hint=f"one of {', '.join(TRANSPORTS)}")
         self._loop, self._stats, self._transport = loop, stats, transport
         self.cache: Cache | None = None
+        self._spare: Cache | None = None
+        """What `prefetch` brings up to date; then the two change places."""
+        self._coming: Ticket | None = None
         self.templates: dict[str, Template] = {}
         self.gathers: deque[tuple[Ticket, Gather]] = deque()
         """Those that were pushed, oldest first, with the push."""
@@ -129,7 +132,7 @@ class Exchange:
     def close(self) -> None:
         """Nothing is offered any more. What the caller holds views of stays."""
         held = [self.lent, *(gather for _, gather in self.gathers)]
-        for owner in (self.cache, *held):
+        for owner in (self.cache, self._spare, *held):
             if owner is not None and owner.region is not None:
                 owner.region.close()
         self.gathers.clear()
@@ -144,27 +147,63 @@ class Exchange:
         Raises:
             WaitTimeout, ServerLost, WorkerEvicted: as `Worker.pull`.
         """
-        cache = self.cache
-        assert cache is not None
         started = time.perf_counter()
-        if not self._fetch_lock.acquire(timeout=self._loop.patience(timeout)):
-            raise WaitTimeout("another thread's pull is not done", hint="a longer timeout")
-        try:
-            region = cache.region.number if cache.region else 0
-            ticket = self._loop.call(calls.PullCalled, cache.shards(names), dict(cache.held), region, cache.load)
-            try:
-                pulled: calls.Pulled = self._loop.result(ticket, timeout)
-            except BaseException:
-                self._move(cache)
-                raise
+        with self._fetching(timeout):
+            self._put_in_place(timeout)
+            cache = self.cache
+            assert cache is not None
+            pulled = self._pulled(self._ask(cache, names), cache, timeout)
             waited = time.perf_counter()
             if names is None:
                 cache.held.update(pulled.versions)
             self._stats.seconds["pull"] += waited - started
             yield cache
             self._stats.seconds["apply"] += time.perf_counter() - waited
+
+    def prefetch(self) -> None:
+        """Ask for all values. They come to another cache while the caller goes on; `arrive` puts that in the place of this one."""
+        with self._fetching(None):
+            self._put_in_place(None)
+            assert self.cache is not None
+            if self._spare is None:
+                self._spare = Cache(self.cache.layout, self._region(self.cache.layout))
+                if self._spare.region is not None:
+                    self._offer(self._spare.region)
+            self._coming = self._ask(self._spare, None)
+
+    def arrive(self, timeout: float | None) -> None:
+        """What was asked for ahead is the cache now, if anything was. Waits for it; raises as `fetched`."""
+        started = time.perf_counter()
+        with self._fetching(timeout):
+            self._put_in_place(timeout)
+        self._stats.seconds["pull"] += time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def _fetching(self, timeout: float | None) -> Iterator[None]:
+        if not self._fetch_lock.acquire(timeout=self._loop.patience(timeout)):
+            raise WaitTimeout("another thread's pull is not done", hint="a longer timeout")
+        try:
+            yield
         finally:
             self._fetch_lock.release()
+
+    def _ask(self, cache: Cache, names: Iterable[str] | None) -> Ticket:
+        region = cache.region.number if cache.region else 0
+        return self._loop.call(calls.PullCalled, cache.shards(names), dict(cache.held), region, cache.load)
+
+    def _pulled(self, ticket: Ticket, cache: Cache, timeout: float | None) -> calls.Pulled:
+        try:
+            pulled: calls.Pulled = self._loop.result(ticket, timeout)
+        except BaseException:
+            self._move(cache)
+            raise
+        return pulled
+
+    def _put_in_place(self, timeout: float | None) -> None:
+        ticket, self._coming = self._coming, None
+        if ticket is not None and self._spare is not None:
+            self._spare.held.update(self._pulled(ticket, self._spare, timeout).versions)
+            self.cache, self._spare = self._spare, self.cache
 
     def _move(self, cache: Cache) -> None:
         """A pull has failed; its answer may yet be written."""

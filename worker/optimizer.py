@@ -18,7 +18,9 @@ import torch
 
 from ..protocol.errors import ConfigError, ServerLost, WorkerEvicted
 from ..protocol.rules import FLAGS, RULES, Rule
+from .ahead import Ahead
 from .arrays import Array
+from .loop import Ticket
 from .views import Views
 
 if TYPE_CHECKING:
@@ -47,14 +49,21 @@ class Optimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(
-        self, worker: Worker, optimizer: torch.optim.Optimizer, model: torch.nn.Module, buffers: str, overlap: bool
+        self,
+        worker: Worker,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        buffers: str,
+        overlap: bool,
+        prefetch: bool,
     ) -> None:
         if isinstance(optimizer, Optimizer):
             raise ConfigError("this optimizer is wrapped already")
         if buffers not in _BUFFERS:
             raise ConfigError(f"buffers is {buffers!r}", hint=f"one of {', '.join(_BUFFERS)}")
-        model = getattr(model, "_orig_mod", model)
+        called, model = model, getattr(model, "_orig_mod", model)
         self._ready = False
+        self._ahead: Ahead | None = None
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._worker, self._inner, self._overlap = worker, optimizer, overlap
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
@@ -74,6 +83,10 @@ class Optimizer(torch.optim.Optimizer):
                 type(optimizer).__name__,
             )
         self._register()
+        if prefetch:
+            self._ahead = Ahead(called, self._all().values(), self._views, self._ended)
+            self._worker._arrivers.append(self._ahead.arrive)
+            self._worker._closers.append(self._ahead.close)
         self._ready = True
 
     def _register(self) -> None:
@@ -113,6 +126,8 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._ahead is not None:
+            self._ahead.step_begins()
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and float(found_inf):
             self._worker.clock(examples=0)
@@ -121,12 +136,19 @@ class Optimizer(torch.optim.Optimizer):
         pushed = self._gradients() if self._rules else self._deltas()
         early = self._views.left_early(pushed)
         ticket = self._worker._push(pushed, advance=True, examples=None, hyper=self._hyper(), timeout=None, early=early)
-        self._refresh()
+        if self._ahead is not None and self._ahead.on:
+            self._ahead.ask(ticket)
+        else:
+            self._views.pull()
+            self._ended(ticket)
+        return loss
+
+    @staticmethod
+    def _ended(ticket: Ticket) -> None:
         try:
             ticket.result()
         except (WorkerEvicted, ServerLost) as error:
             logger.warning("a step was lost: %s", error.what)
-        return loss
 
     def _all(self) -> dict[str, torch.Tensor]:
         return {**self._params, **self._averaged}
@@ -167,6 +189,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _refresh(self) -> None:
         """Take the newest weights that the staleness rule allows."""
+        if self._ahead is not None:
+            self._ahead.arrive()
         self._views.pull()
 
     # --- being an optimizer

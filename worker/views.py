@@ -50,23 +50,41 @@ class Views:
 
     def pull(self) -> None:
         """Take the newest weights that the staleness rule allows. Raises as `Worker.pull`."""
-        exchange = self._worker._exchange
+        self._look_for_changes()
+        with torch.no_grad(), self._worker._exchange.fetched(None, None):
+            self._show()
+
+    def ask(self) -> None:
+        """Ask for them, and go on."""
+        self._worker._exchange.prefetch()
+
+    def arrive(self, timeout: float | None) -> None:
+        """Put in place what was asked for. Raises as `Worker.pull`."""
+        self._look_for_changes()
+        self._worker._exchange.arrive(timeout)
+        with torch.no_grad():
+            self._show()
+
+    def _look_for_changes(self) -> None:
         if any(self._viewed[name]._version != version for name, version in self._versions.items()):
-            assert exchange.cache is not None
-            exchange.cache.held.clear()  # changed in place by somebody: also what has not changed on the servers is wanted
-        with torch.no_grad(), exchange.fetched(None, None):
-            weights = self._worker.buffers.weights
-            for name, target in self._targets:
-                view = weights[name]
-                here = target.data_ptr()
-                if here == view.data_ptr():
-                    continue
-                if here == self._at.get(name):  # it is the cache that has moved
-                    self._view(name, target, view)
-                else:
-                    target.copy_(view)
-            for name in self._versions:
-                self._versions[name] = self._viewed[name]._version
+            cache = self._worker._exchange.cache
+            assert cache is not None
+            cache.held.clear()  # changed in place by somebody: also what has not changed on the servers is wanted
+
+    def _show(self) -> None:
+        """Let the parameters be what the cache holds."""
+        weights = self._worker.buffers.weights
+        for name, target in self._targets:
+            view = weights[name]
+            here = target.data_ptr()
+            if here == view.data_ptr():
+                continue
+            if here == self._at.get(name):  # it is the cache that has moved
+                self._view(name, target, view)
+            else:
+                target.copy_(view)
+        for name in self._versions:
+            self._versions[name] = self._viewed[name]._version
 
     def _view(self, name: str, target: torch.Tensor, view: torch.Tensor) -> None:
         target.data = view
