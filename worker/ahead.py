@@ -13,11 +13,11 @@ import logging
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from .loop import Ticket
 
 if TYPE_CHECKING:
+    import torch
+
     from .views import Views
 
 logger = logging.getLogger("shoal")
