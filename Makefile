@@ -4,10 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check lint types tests soak examples bench clean
+.PHONY: help demo test check lint types tests soak examples bench bench-peers clean
 
 help:                    ## what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 24
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 24
 
 $(BIN)/shoal: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,11 @@ examples: $(BIN)/shoal   ## every example, each under a minute
 bench: $(BIN)/shoal      ## push and pull beside the limits of this machine
 	$(BIN)/shoal bench pushpull
 
+bench-peers: $(BIN)/shoal  ## the same beside torch RPC, Ray, gloo and raw ZeroMQ, installed in a place of their own
+	test -x .peers/bin/shoal || { $(PYTHON) -m venv .peers && \
+	.peers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . -r bench/peers.txt; }
+	.peers/bin/shoal bench peers --plot docs/peers
+
 clean:                   ## everything that was made here
-	rm -rf $(VENV) .typing build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .peers .typing build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -202,6 +202,28 @@ def pushpull(sizes: str, repeat: int, shards: int, as_json: bool) -> int:
     return measure(sizes, repeat, shards, as_json)
 
 
+@bench.command()
+@click.option(
+    "--sizes", default="", metavar="SIZE,…", help="Payloads, as 400, 10kB or 2.5MB; by default 400 B to 100 MB."
+)
+@click.option(
+    "--repeat", default=9, show_default=True, type=click.IntRange(3), help="Runs of each; medians are printed."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--plot", default="", metavar="PATH", help="Draw PATH.png and PATH.svg, too.")
+def peers(sizes: str, repeat: int, as_json: bool, plot: str) -> int:
+    """Push and pull beside others doing the same work: raw ZeroMQ, gloo, torch RPC, Ray where it is installed.
+
+    \b
+    Examples:
+    shoal bench peers --sizes 4MB
+    make bench-peers
+    """
+    from .bench.peers import main as measure
+
+    return measure(sizes, repeat, as_json, plot)
+
+
 def joining(given: str | None, needed: bool = False) -> str:
     """The join string: the flag, $SHOAL_JOIN, shoal.toml; else the server on this machine."""
     found = str(settle([JOIN], {"join": given}, "worker")["join"])
