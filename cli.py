@@ -224,6 +224,26 @@ def peers(sizes: str, repeat: int, as_json: bool, plot: str) -> int:
     return measure(sizes, repeat, as_json, plot)
 
 
+@bench.command()
+@click.option("--width", default=1536, show_default=True, type=click.IntRange(8, 8192), help="Of a layer.")
+@click.option("--layers", default=6, show_default=True, type=click.IntRange(1, 64), help="How many.")
+@click.option(
+    "--repeat", default=9, show_default=True, type=click.IntRange(3), help="Turns of each; medians are printed."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def overlap(width: int, layers: int, repeat: int, as_json: bool) -> int:
+    """Steps per second with gradients that leave during backward and weights fetched ahead, and without.
+
+    \b
+    Examples:
+    shoal bench overlap
+    shoal bench overlap --width 2048 --json
+    """
+    from .bench.overlap import main as measure
+
+    return measure(width, layers, repeat=repeat, as_json=as_json)
+
+
 def joining(given: str | None, needed: bool = False) -> str:
     """The join string: the flag, $SHOAL_JOIN, shoal.toml; else the server on this machine."""
     found = str(settle([JOIN], {"join": given}, "worker")["join"])
