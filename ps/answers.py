@@ -24,9 +24,9 @@ def in_buffers(pull: Pull, shard: int, store: Store, min_clock: int, counters: C
     """
     parts = list(_parts(store, store.changed_since(pull.since, pull.blocks)))
     for number, blocks in enumerate(parts):
-        buffers = tuple(map(store.snapshot, blocks))
+        buffers = tuple(store.snapshot(block, pull.codec) for block in blocks)
         counters["bytes_out"] += sum(map(len, buffers))
-        head = (pull.incarnation, shard, pull.request, number, len(parts), store.version, min_clock, 0)
+        head = (pull.incarnation, shard, pull.request, number, len(parts), store.version, min_clock, 0, pull.codec)
         yield Values(*head, blocks, buffers)
 
 

@@ -1,13 +1,13 @@
 """The blocks of a shard: their values, versions and updates (SPEC §4.2, §6.4).
 
 Rules
-- A live block is never handed out: a reader gets a copy, made once a version and shared by all who ask for that version.
+- A live block is never handed out: a reader gets a copy, made once a version (and codec) and shared by all who ask for it.
 - Sizes are checked here, against the layout, before anything is touched.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from sys import getrefcount
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..protocol.codecs import RAW, Codec
+from ..protocol.coding import encode
 from ..protocol.layout import Block, Layout
 from ..protocol.messages import Buffer
 from .rules import Ranges, Updater
@@ -48,6 +50,8 @@ class _Held:
     copy: np.ndarray[Any, np.dtype[np.uint8]] | None = None
     copied: int = -1
     """The version that `copy` is of."""
+    encoded: dict[int, tuple[int, memoryview]] = field(default_factory=dict)
+    """By codec, a version and its values."""
 
 
 class Store:
@@ -141,9 +145,15 @@ class Store:
         """Which of `blocks` (empty: all) have changed after `version`, in order."""
         return [index for index in blocks or self._held if self._held[index].version > version]
 
-    def snapshot(self, block: int) -> memoryview:
-        """The block's values now, as bytes that nobody will change."""
+    def snapshot(self, block: int, codec: int = RAW) -> memoryview:
+        """The block's values now, as bytes that nobody will change; in a codec if one applies to the block."""
         held = self._held[block]
+        if codec != RAW and self.layout.coded[block]:
+            version, values = held.encoded.get(codec, (-1, memoryview(b"")))
+            if version != held.version:
+                values = encode(Codec(codec), held.weights.numpy(), torch)
+                held.encoded[codec] = held.version, values
+            return values
         live = held.weights.view(torch.uint8).numpy()
         if held.copy is None or (held.copied != held.version and getrefcount(held.copy) > FREE):
             held.copy, held.copied = live.copy(), held.version

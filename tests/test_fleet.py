@@ -111,7 +111,7 @@ class Bench:
         return self.look()
 
     def values(self, index: int, request: int, min_clock: int = 0) -> tuple[int, m.Values]:
-        return index, m.Values(ME, 900 + index, request, 0, 1, 5, min_clock, 0, (index,), (bytes(4096),))
+        return index, m.Values(ME, 900 + index, request, 0, 1, 5, min_clock, 0, 0, (index,), (bytes(4096),))
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_a_restarted_shard_is_a_new_stream(bench: Bench, greeted: bool) -> None:
         ]
     said = bench.hear((0, m.Greeting(ME, 990, 0)))
 
-    assert [m.Pull(ME, 990, 1, 2, 0, 0, 0, ()), m.Start(ME, 990, 1, 2)] == [
+    assert [m.Pull(ME, 990, 1, 2, 0, 0, 0, 0, ()), m.Start(ME, 990, 1, 2)] == [
         message for index, message in said if index == 0
     ]
     assert [ServerLost] * 2 == [type(bench.ended[ticket]) for ticket in (7, 8)]

@@ -94,7 +94,7 @@ def test_a_hello_of_another_run_waits_as_well() -> None:
 def test_it_serves_those_in_its_view_and_no_others() -> None:
     """`Evicted` for who is not in the view, `Stranger` for who has no stream at this shard (§3.2.2)."""
     bench = ShardBench()
-    for message in (m.Probe(8, SHARD), m.Enter(8, SHARD, 1), m.Pull(8, SHARD, 1, 0, 0, 0, 0, ())):
+    for message in (m.Probe(8, SHARD), m.Enter(8, SHARD, 1), m.Pull(8, SHARD, 1, 0, 0, 0, 0, 0, ())):
         assert [m.Evicted(8)] == bench.hear(peer_of(8), message)
     assert [m.Stranger(1, SHARD)] == bench.hear(peer_of(1), m.Enter(1, SHARD - 1, 2))
 
@@ -157,7 +157,7 @@ def test_an_update_is_applied_once(order: list[int], more: list[int]) -> None:
     seen: set[int] = set()
     for number in [*more, *order, *more, *sorted(order)]:
         value = float(2**number)
-        push = m.Push(2, SHARD, number, 0, False, 1.0, (), 0, (0,), (), (floats(-value, 0.0),))
+        push = m.Push(2, SHARD, number, 0, False, 1.0, (), 0, 0, (0,), (), (floats(-value, 0.0),))
         ack = only(m.Ack, bench.hear(peer_of(2), push))
         before = next(n for n in range(9) if n + 1 not in seen)
         seen |= {number} if number == before + 1 else set()

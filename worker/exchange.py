@@ -17,10 +17,13 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 
+from ..protocol.codecs import RAW, Codec
 from ..protocol.errors import ConfigError, ServerLost, ShoalError, WaitTimeout
 from ..protocol.layout import Layout
 from . import calls
 from .arrays import Array, Cache, Gather, Template, bits
+from .calls import Part
+from .encoder import Encoder
 from .loop import Loop, Ticket
 from .region import Region
 from .stats import Stats
@@ -42,15 +45,20 @@ class Exchange:
 
     Args:
         transport: `auto`, `tcp` (share nothing) or `shm` (share with every shard, or refuse).
+        push_codec, pull_codec: what travels as bytes is in these (SPEC §12).
 
     Raises:
         ConfigError: another transport.
     """
 
-    def __init__(self, loop: Loop, stats: Stats, transport: str) -> None:
+    def __init__(self, loop: Loop, stats: Stats, transport: str, push_codec: Codec, pull_codec: Codec) -> None:
         if transport not in TRANSPORTS:
             raise ConfigError(f"SHOAL_TRANSPORT is {transport!r}", hint=f"one of {', '.join(TRANSPORTS)}")
         self._loop, self._stats, self._transport = loop, stats, transport
+        self._push_codec, self._pull_codec = push_codec, pull_codec
+        self._encoder: Encoder | None = None
+        self._near: frozenset[int] = frozenset()
+        """The shards that share memory."""
         self.cache: Cache | None = None
         self.templates: dict[str, Template] = {}
         self.gathers: deque[tuple[Ticket, Gather]] = deque()
@@ -60,6 +68,7 @@ class Exchange:
         self._cache_lock = threading.Lock()
         self._fetch_lock = threading.RLock()
         self._gather_lock = threading.Lock()
+        self._encoder_lock = threading.Lock()
         self._sharing = transport != "tcp"
 
     # --- registering
@@ -73,6 +82,8 @@ class Exchange:
                     cache.set(name, array)
                 first.clear()
                 self.cache = cache
+                if self._push_codec.number != RAW:
+                    self._encoder = Encoder(self._push_codec, layout)
             return self.cache
 
     def registered(self, templates: dict[str, Template]) -> None:
@@ -86,7 +97,8 @@ class Exchange:
         if self.cache.region is None:
             return
         refusals = self._offer(self.cache.region)
-        if all(refusals.values()):
+        self._near = frozenset(shard for shard, why in refusals.items() if not why)
+        if not self._near:
             self._sharing = False
         if self._transport == "shm" and any(refusals.values()):
             shard, why = next((shard, why) for shard, why in refusals.items() if why)
@@ -145,8 +157,8 @@ class Exchange:
         if not self._fetch_lock.acquire(timeout=self._loop.patience(timeout)):
             raise WaitTimeout("another thread's pull is not done", hint="a longer timeout")
         try:
-            region = cache.region.number if cache.region else 0
-            ticket = self._loop.call(calls.PullCalled, cache.shards(names), dict(cache.held), region, cache.load)
+            region, codec = cache.region.number if cache.region else 0, self._pull_codec.number
+            ticket = self._loop.call(calls.PullCalled, cache.shards(names), dict(cache.held), region, cache.load, codec)
             try:
                 pulled: calls.Pulled = self._loop.result(ticket, timeout)
             except BaseException:
@@ -188,6 +200,14 @@ class Exchange:
                     self.lent = None
                     return lent
             return self._free(timeout)
+
+    def parts(self, gather: Gather, incarnation: int) -> tuple[Part, ...]:
+        """What was put in, as messages to shards, for this life of the worker: encoded where it travels."""
+        parts = gather.parts()
+        if self._encoder is None:
+            return parts
+        with self._encoder_lock:
+            return self._encoder.encode(parts, self._near if gather.region else (), incarnation)
 
     def _free(self, timeout: float | None) -> Gather:
         """Vectors that no unacknowledged push needs; waits if too much is under way."""

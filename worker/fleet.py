@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from math import inf
 
-from ..protocol.errors import NonFiniteError, ServerLost, ShapeError, ShoalError
+from ..protocol.codecs import RAW, size
+from ..protocol.errors import NonFiniteError, ProtocolError, ServerLost, ShapeError, ShoalError
 from ..protocol.layout import Layout
 from ..protocol.messages import (
     Ack,
@@ -152,7 +153,8 @@ class Fleet:
             link = self.links[index]
             parts = by_shard.get(index) or [Part(index, (), (), ())]
             self._stats.bytes_pushed += sum(sum(map(len, part.buffers)) for part in parts)
-            region = call.region if link.shares(call.region) else 0
+            encoded = any(part.codec for part in parts)
+            region = call.region if link.shares(call.region) and not encoded else 0
             if region:
                 parts = in_region(parts)
             for number, part in enumerate(parts, 1):
@@ -165,6 +167,7 @@ class Fleet:
                     call.examples,
                     call.hyper,
                     region,
+                    part.codec,
                     part.blocks,
                     part.ranges,
                     part.buffers,
@@ -285,13 +288,20 @@ class Fleet:
     def _take(self, pulling: _Pulling, values: Values) -> str:
         """Blocks go where the pull wants them. Returns what is wrong with them."""
         assert self.layout is not None
-        known = self.layout.blocks
+        known, sink = self.layout.blocks, pulling.call.sink
         for block, buffer in zip_longest(values.blocks, values.buffers):
-            if block >= len(known) or (buffer is not None and len(buffer) != known[block].nbytes):
+            if block >= len(known):
                 return f"a block {block} that does not fit the model"
-            self._stats.bytes_pulled += known[block].nbytes
-            if buffer is not None and pulling.call.sink is not None:
-                pulling.call.sink(block, buffer)
+            codec = values.codec if self.layout.coded[block] else RAW
+            nbytes = size(codec, known[block].elements) if codec else known[block].nbytes
+            if buffer is not None and (len(buffer) != nbytes or (codec and sink is None)):
+                return f"a block {block} that does not fit the model"
+            self._stats.bytes_pulled += nbytes
+            if buffer is not None and sink is not None:
+                try:
+                    sink(block, buffer, codec)
+                except ProtocolError as error:
+                    return f"a block {block} that cannot be read: {error.what}"
             elif buffer is not None:
                 pulling.blocks[block] = buffer
         return ""
@@ -384,7 +394,7 @@ class Fleet:
             pulling.open.add(index)
             held = pulling.call.held.get(index, (0, 0))
             self.links[index].reads[self._requests] = Read(
-                pulling.call.ticket, pulling.clock, blocks, held, pulling.call.region
+                pulling.call.ticket, pulling.clock, blocks, held, pulling.call.region, pulling.call.codec
             )
             self._ask(self.links[index], self._requests, now)
 

@@ -29,6 +29,7 @@ class Read:
     blocks: tuple[int, ...]
     held: tuple[int, int]
     region: int = 0
+    codec: int = 0
     into: int = 0
     """The region that this life of the shard was asked to write to. A repeated request must not name another: the answer to the
     first may be under way, and what is written after it nobody waits for."""
@@ -107,7 +108,8 @@ class Link:
             read.into = read.region if self.shares(read.region) else 0
         read.sent_at = now
         since = read.held[1] if read.held[0] == self.shard else 0
-        return Pull(incarnation, self.shard, request, read.clock, read.after, since, read.into, read.blocks)
+        head = (incarnation, self.shard, request, read.clock, read.after, since, read.into, read.codec)
+        return Pull(*head, read.blocks)
 
     def shares(self, region: int) -> bool:
         """Has this life of the shard taken the region?"""
