@@ -27,6 +27,8 @@ SAMPLE = 1 << 14
 """Elements that the threshold of `topk` is guessed from."""
 LEAST = np.float32(2.0**-100)
 """A chunk of `int8` without a magnitude over this is zero."""
+MOST_SCALE = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))
+"""127 of it are still finite, however they are rounded."""
 HALF_MOST = np.float32(65504.0)
 _NAN_SCALE = 0x7FC00000
 
@@ -149,7 +151,7 @@ def _quantise(rows: Vector, scales: Vector, numbers: Bits, scratch: Vector) -> N
     fine = np.isfinite(largest) & (largest >= LEAST)
     ordinary = bool(fine.all())
     factor = np.divide(np.float32(127), largest, where=fine, out=np.zeros_like(largest))
-    np.divide(largest, np.float32(127), out=scales)
+    np.minimum(np.divide(largest, np.float32(127)), MOST_SCALE, out=scales)
     with np.errstate(invalid="ignore"):  # infinity times zero, which is put right below
         np.multiply(rows, factor[:, None], out=work)
     if not ordinary:
@@ -165,7 +167,8 @@ def _from_int8(payload: Buffer, out: Vector, torch: Any) -> None:
         raise ProtocolError("malformed", "a scale that is negative or infinite")
     for chunks, rows in _rows(len(out)):
         shape = (chunks.stop - chunks.start, -1)
-        np.multiply(numbers[rows].reshape(shape), scales[chunks, None], out=out[rows].reshape(shape))
+        with np.errstate(over="ignore"):  # a scale that is too large makes infinity, which is looked for later
+            np.multiply(numbers[rows].reshape(shape), scales[chunks, None], out=out[rows].reshape(shape))
 
 
 def _halves(payload: Bits, elements: int) -> tuple[Bits, Bits]:
