@@ -30,6 +30,14 @@ class Codec:
     number: int = RAW
     fraction: float = 0.0
 
+    def chosen(self, elements: int) -> int:
+        """How many of so many elements `topk` sends."""
+        return max(1, min(round(self.fraction * elements), elements // 2))
+
+    def size(self, elements: int) -> int:
+        """Bytes that so many float32 elements make."""
+        return 8 * self.chosen(elements) if self.number == TOPK else size(self.number, elements)
+
     def __str__(self) -> str:
         return f"topk:{self.fraction:g}" if self.number == TOPK else NAMES[self.number]
 

@@ -33,14 +33,19 @@ HALF_MOST = np.float32(65504.0)
 _NAN_SCALE = 0x7FC00000
 
 
-def encode(codec: Codec, vector: Vector, torch: Any = None) -> memoryview:
+def encode(codec: Codec, vector: Vector, torch: Any = None, out: Bits | None = None) -> memoryview:
     """The bytes that a vector travels in.
 
     Args:
         vector: float32, one-dimensional, contiguous, at least one element. It is not kept, but by `raw`, which is a view of it.
         torch: the module, if the caller has it.
+        out: uint8, `codec.size(len(vector))` of them, to write to instead of new memory: new pages cost as much as the encoding.
     """
-    return _ENCODERS[codec.number](vector, codec.fraction, torch).data.cast("B")
+    if codec.number == RAW:
+        return vector.data.cast("B")
+    payload = np.empty(codec.size(len(vector)), np.uint8) if out is None else out
+    _ENCODERS[codec.number](vector, payload, torch)
+    return payload.data
 
 
 def decode(number: int, payload: Buffer, elements: int, out: Vector | None = None, torch: Any = None) -> Vector:
@@ -74,10 +79,6 @@ def indices(payload: Buffer) -> Bits:
 # --- raw
 
 
-def _raw(vector: Vector, fraction: float, torch: Any) -> Bits:
-    return vector
-
-
 def _from_raw(payload: Buffer, out: Vector, torch: Any) -> None:
     out[...] = np.frombuffer(payload, "<f4")
 
@@ -85,8 +86,8 @@ def _from_raw(payload: Buffer, out: Vector, torch: Any) -> None:
 # --- 16 bits
 
 
-def _bf16(vector: Vector, fraction: float, torch: Any) -> Bits:
-    payload = np.empty(len(vector), "<u2")
+def _bf16(vector: Vector, out: Bits, torch: Any) -> None:
+    payload = out.view("<u2")
     scratch = np.empty(min(PIECE, len(vector)), np.uint32)
     for start in range(0, len(vector), PIECE):
         piece = vector[start : start + PIECE]
@@ -100,26 +101,23 @@ def _bf16(vector: Vector, fraction: float, torch: Any) -> Bits:
         nan = np.isnan(piece)
         if nan.any():
             payload[start : start + PIECE][nan] = 0x7FC0
-    return payload
 
 
 def _from_bf16(payload: Buffer, out: Vector, torch: Any) -> None:
     np.left_shift(np.frombuffer(payload, "<u2"), np.uint32(16), out=out.view(np.uint32), dtype=np.uint32)
 
 
-def _fp16(vector: Vector, fraction: float, torch: Any) -> Bits:
-    payload: Bits
+def _fp16(vector: Vector, out: Bits, torch: Any) -> None:
+    payload, bits = out.view("<f2"), out.view("<u2")
     if torch is not None:
-        payload = torch.from_numpy(vector).to(torch.float16).numpy()
+        torch.from_numpy(payload).copy_(torch.from_numpy(vector))
     else:
         with np.errstate(over="ignore"):
-            payload = vector.astype("<f2")
-    bits = payload.view("<u2")
+            payload[...] = vector
     over = (bits & 0x7FFF) == 0x7C00
     if over.any():
         over &= np.isfinite(vector)
         payload[over] = np.copysign(HALF_MOST, vector[over])
-    return payload
 
 
 def _from_fp16(payload: Buffer, out: Vector, torch: Any) -> None:
@@ -133,15 +131,13 @@ def _from_fp16(payload: Buffer, out: Vector, torch: Any) -> None:
 # --- 8 bits
 
 
-def _int8(vector: Vector, fraction: float, torch: Any) -> Bits:
+def _int8(vector: Vector, out: Bits, torch: Any) -> None:
     elements = len(vector)
-    payload = np.empty(size(INT8, elements), np.uint8)
-    scales, numbers = _halves(payload, elements)
+    scales, numbers = _halves(out, elements)
     scratch = np.empty((min(PIECE, elements) // CHUNK + 1, CHUNK), np.float32)
     for chunks, rows in _rows(elements):
         shape = (chunks.stop - chunks.start, -1)
         _quantise(vector[rows].reshape(shape), scales[chunks], numbers[rows].reshape(shape), scratch)
-    return payload
 
 
 def _quantise(rows: Vector, scales: Vector, numbers: Bits, scratch: Vector) -> None:
@@ -189,12 +185,11 @@ def _rows(elements: int) -> list[tuple[slice, slice]]:
 # --- a few
 
 
-def _topk(vector: Vector, fraction: float, torch: Any) -> Bits:
-    chosen = _largest(np.abs(vector), min(max(1, round(fraction * len(vector))), max(1, len(vector) // 2)))
-    payload = np.empty((2, len(chosen)), "<u4")
-    payload[0] = chosen
-    payload[1].view("<f4")[...] = vector[chosen]
-    return payload.reshape(-1)
+def _topk(vector: Vector, out: Bits, torch: Any) -> None:
+    half = len(out) // 2
+    chosen = _largest(np.abs(vector), half // 4)
+    out[:half].view("<u4")[...] = chosen
+    out[half:].view("<f4")[...] = vector[chosen]
 
 
 def _largest(magnitudes: Vector, k: int) -> Bits:
@@ -228,8 +223,7 @@ def _from_topk(payload: Buffer, out: Vector, torch: Any) -> None:
     out[named] = np.frombuffer(payload, "<f4", len(named), 4 * len(named))
 
 
-_ENCODERS: dict[int, Callable[[Vector, float, Any], Bits]] = {
-    RAW: _raw,
+_ENCODERS: dict[int, Callable[[Vector, Bits, Any], None]] = {
     BF16: _bf16,
     FP16: _fp16,
     INT8: _int8,

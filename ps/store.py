@@ -41,17 +41,20 @@ class Misfit(Exception):
 
 
 @dataclass(slots=True)
+class _Copy:
+    values: np.ndarray[Any, np.dtype[np.uint8]]
+    version: int = -1
+
+
+@dataclass(slots=True)
 class _Held:
     block: Block
     group: int
     weights: torch.Tensor
     updater: Updater
     version: int = 0
-    copy: np.ndarray[Any, np.dtype[np.uint8]] | None = None
-    copied: int = -1
-    """The version that `copy` is of."""
-    encoded: dict[int, tuple[int, memoryview]] = field(default_factory=dict)
-    """By codec, a version and its values."""
+    copies: dict[int, _Copy] = field(default_factory=dict)
+    """By codec."""
 
 
 class Store:
@@ -148,18 +151,18 @@ class Store:
     def snapshot(self, block: int, codec: int = RAW) -> memoryview:
         """The block's values now, as bytes that nobody will change; in a codec if one applies to the block."""
         held = self._held[block]
-        if codec != RAW and self.layout.coded[block]:
-            version, values = held.encoded.get(codec, (-1, memoryview(b"")))
-            if version != held.version:
-                values = encode(Codec(codec), held.weights.numpy(), torch)
-                held.encoded[codec] = held.version, values
-            return values
-        live = held.weights.view(torch.uint8).numpy()
-        if held.copy is None or (held.copied != held.version and getrefcount(held.copy) > FREE):
-            held.copy, held.copied = live.copy(), held.version
-        elif held.copied != held.version:  # nobody reads the last one any more: new pages would cost more than the copy
-            held.copy[...], held.copied = live, held.version
-        return memoryview(held.copy)  # type: ignore[arg-type]
+        codec = codec if self.layout.coded[block] else RAW
+        copy = held.copies.get(codec)
+        if copy is None or (copy.version != held.version and getrefcount(copy.values) > FREE):
+            nbytes = Codec(codec).size(held.block.elements) if codec else held.block.nbytes
+            copy = held.copies[codec] = _Copy(np.empty(nbytes, np.uint8))
+        if copy.version != held.version:  # nobody reads it: new pages would cost more than the copy
+            copy.version = held.version
+            if codec == RAW:
+                copy.values[...] = held.weights.view(torch.uint8).numpy()
+            else:
+                encode(Codec(codec), held.weights.numpy(), torch, copy.values)
+        return memoryview(copy.values)  # type: ignore[arg-type]
 
     def copy_into(self, block: int, memory: memoryview) -> None:
         """The block's values now, written to `memory`, which has its length."""

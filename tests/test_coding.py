@@ -105,7 +105,7 @@ def test_every_length_goes_through(codec: Codec, elements: int) -> None:
     found = decode(codec.number, payload, elements, out)
 
     assert found is out
-    assert len(payload) <= size(codec.number, elements)
+    assert len(payload) == codec.size(elements) <= size(codec.number, elements)
     assert codec.number == TOPK or len(payload) == size(codec.number, elements)
     if codec.number == TOPK:
         assert np.array_equal(largest(vector, max(1, min(round(0.1 * elements), elements // 2))), found)

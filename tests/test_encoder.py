@@ -79,7 +79,7 @@ def test_nothing_is_lost_by_topk(training: tuple[Layout, list[dict[str, int]], f
             start = cache._where[name][1].start
             wanted[start : start + elements] += arrays[name]
         gather.put(arrays, check=True)
-        shards.push(encoder.encode(gather.parts(), (), LIFE))
+        shards.push(encoder.encode(gather.parts(), (), LIFE, {}))
     got = shards.flat()
     kept = np.zeros_like(wanted)
     for block, rest in encoder._rests.items():
@@ -105,7 +105,7 @@ def test_what_waits_is_sent_in_the_end() -> None:
     seen: set[int] = set()
     for _ in range(20):
         gather.put({"t0": gradient}, check=True)
-        (part,) = encoder.encode(gather.parts(), (), LIFE)
+        (part,) = encoder.encode(gather.parts(), (), LIFE, {})
         assert 80 == len(part.buffers[0])
         seen |= set(indices(part.buffers[0]).tolist())
 
@@ -117,9 +117,9 @@ def test_a_new_life_begins_with_nothing_kept() -> None:
     layout = lay_out(floats_of([10]), 1)
     encoder, gather = Encoder(Codec(TOPK, 0.1), layout), Gather(Cache(layout))
     gather.put({"t0": np.arange(10, dtype=np.float32)}, check=True)
-    encoder.encode(gather.parts(), (), LIFE)
+    encoder.encode(gather.parts(), (), LIFE, {})
     gather.put({"t0": np.ones(10, np.float32)}, check=True)
-    (part,) = encoder.encode(gather.parts(), (), LIFE + 1)
+    (part,) = encoder.encode(gather.parts(), (), LIFE + 1, {})
 
     assert 1.0 == np.frombuffer(part.buffers[0], "<f4", 1, 4)[0]
 
@@ -135,15 +135,15 @@ def test_what_is_not_for_a_codec_travels_raw(number: int) -> None:
     gather.put({name: np.full(8, 2.0, dtype) for name, dtype, _ in kinds}, check=True)
     raw = gather.parts()
     encoder = Encoder(Codec(number, 0.5), layout)
-    (part,) = encoder.encode(raw, (), LIFE)
+    (part,) = encoder.encode(raw, (), LIFE, {})
 
     assert number == part.codec
     assert [False, True, True, True] == [
         bytes(a) == bytes(b) for a, b in zip(part.buffers, raw[0].buffers, strict=True)
     ]
-    assert raw == encoder.encode(raw, {0}, LIFE)
+    assert raw == encoder.encode(raw, {0}, LIFE, {})
     gather.put({"d": np.ones(8)}, check=True)
-    (part,) = encoder.encode(gather.parts(), (), LIFE)
+    (part,) = encoder.encode(gather.parts(), (), LIFE, {})
     assert RAW == part.codec
 
 

@@ -288,6 +288,23 @@ def test_ranges_that_do_not_fit_the_blocks_are_refused(ranges: tuple[int, ...]) 
     assert "malformed" == refused.value.reason
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Push(1, 2, 3, 4, True, 1.0, (), 5, 1, (7,), (), ()),
+        m.Values(1, 2, 3, 0, 1, 4, 5, 6, 1, (7,), ()),
+        m.Push(1, 2, 3, 4, True, 1.0, (), 0, 5, (), (), ()),
+        m.Values(1, 2, 3, 0, 1, 4, 5, 0, 4, (), ()),
+        m.Pull(1, 2, 3, 4, 5, 6, 0, 4, ()),
+    ],
+)
+def test_a_codec_that_cannot_be_is_refused(message: m.Message) -> None:
+    """In a region, where everything is raw; one that there is not; one that leaves out numbers, for a reader (SPEC §12)."""
+    with pytest.raises(ProtocolError) as refused:
+        decode(encode(message))
+    assert "malformed" == refused.value.reason
+
+
 def test_buffers_have_limits() -> None:
     """The largest buffer and the largest number of buffers are let in, one more is refused."""
 

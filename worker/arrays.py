@@ -221,6 +221,8 @@ class Gather:
         self._flats = _flats(cache.layout, region)
         self.views: dict[str, Array] = {}
         """Arrays that a caller may write its gradients to, by name, instead of having them copied."""
+        self.encoded: dict[int, Bits] = {}
+        """By block, memory for what is encoded of it."""
         self._spans: dict[int, list[tuple[int, int]]] = {}
         self._names: tuple[str, ...] = ()
         self._parts: tuple[Part, ...] | None = None

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..protocol.codecs import RAW, TOPK, Codec
-from ..protocol.coding import Vector, encode, indices
+from ..protocol.coding import Bits, Vector, encode, indices
 from ..protocol.layout import Layout
 from ..protocol.messages import Buffer
 from .calls import Part
@@ -30,19 +30,22 @@ class Encoder:
         self._rests: dict[int, Vector] = {}
         self._life = 0
 
-    def encode(self, parts: Iterable[Part], near: Container[int], life: int) -> tuple[Part, ...]:
+    def encode(
+        self, parts: Iterable[Part], near: Container[int], life: int, memory: dict[int, Bits]
+    ) -> tuple[Part, ...]:
         """The same parts, encoded.
 
         Args:
             near: shards that have the gradients in shared memory: theirs stay raw.
             life: the worker's incarnation.
+            memory: by block, where to write; belongs to the push until it is acknowledged. What is missing is added.
         """
         if life != self._life:
             self._life = life
             self._rests.clear()
-        return tuple(part if part.shard in near else self._part(part) for part in parts)
+        return tuple(part if part.shard in near else self._part(part, memory) for part in parts)
 
-    def _part(self, part: Part) -> Part:
+    def _part(self, part: Part, memory: dict[int, Bits]) -> Part:
         coded = self._layout.coded
         if self.codec.number == RAW or not any(coded[block] for block in part.blocks):
             return part
@@ -55,19 +58,23 @@ class Encoder:
         ):
             ranges = pairs[at : at + count].tolist()
             at += count
-            buffers.append(self._block(block, np.frombuffer(raw, np.float32), ranges) if coded[block] else raw)
+            buffers.append(self._block(block, np.frombuffer(raw, np.float32), ranges, memory) if coded[block] else raw)
         return replace(part, buffers=tuple(buffers), codec=self.codec.number)
 
-    def _block(self, block: int, gradient: Vector, ranges: list[list[int]]) -> Buffer:
+    def _block(self, block: int, gradient: Vector, ranges: list[list[int]], memory: dict[int, Bits]) -> Buffer:
         """`ranges`: those that the gradient is of; none for the whole block."""
+        elements = self._layout.blocks[block].elements
+        if block not in memory:
+            memory[block] = np.empty(self.codec.size(elements), np.uint8)
+        out = memory[block][: self.codec.size(len(gradient))]
         if self.codec.number != TOPK:
-            return encode(self.codec, gradient, sys.modules.get("torch"))
+            return encode(self.codec, gradient, sys.modules.get("torch"), out)
         rest = self._rests.get(block)
         if rest is None:
-            rest = self._rests[block] = np.zeros(self._layout.blocks[block].elements, np.float32)
+            rest = self._rests[block] = np.zeros(elements, np.float32)
         whole = np.concatenate([rest[start:stop] for start, stop in ranges]) if ranges else rest
         np.add(whole, gradient, out=whole)
-        payload = encode(self.codec, whole)
+        payload = encode(self.codec, whole, out=out)
         whole[indices(payload)] = 0
         at = 0
         for start, stop in ranges:

@@ -207,7 +207,7 @@ class Exchange:
         if self._encoder is None:
             return parts
         with self._encoder_lock:
-            return self._encoder.encode(parts, self._near if gather.region else (), incarnation)
+            return self._encoder.encode(parts, self._near if gather.region else (), incarnation, gather.encoded)
 
     def _free(self, timeout: float | None) -> Gather:
         """Vectors that no unacknowledged push needs; waits if too much is under way."""
