@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any
 
 from ..protocol.errors import ConfigError, NoServerError
 from ..protocol.join import read_join
@@ -51,18 +52,15 @@ def connect(
     found = join or settle([JOIN], {}, "worker")["join"]
     name = name or os.environ.get("SHOAL_WORKER_NAME", "")
     attempt = settle([ATTEMPT], {})["worker_attempt"]
-    codecs = settle(CODECS, {"push_codec": push_codec, "pull_codec": pull_codec}, "worker")
-    transport = os.environ.get("SHOAL_TRANSPORT", "") or "auto"
+    options: dict[str, Any] = {
+        "name": name,
+        "timeout": timeout,
+        "wait_timeout": wait_timeout,
+        "transport": os.environ.get("SHOAL_TRANSPORT", "") or "auto",
+        **settle(CODECS, {"push_codec": push_codec, "pull_codec": pull_codec}, "worker"),
+    }
     if found:
-        return Worker(
-            read_join(found),
-            name=name,
-            attempt=attempt,
-            timeout=timeout,
-            wait_timeout=wait_timeout,
-            transport=transport,
-            **codecs,
-        )
+        return Worker(read_join(found), attempt=attempt, **options)
     world = next((variable for variable in _WORLDS if os.environ.get(variable, "1") not in ("", "1")), None)
     if world:
         raise NoServerError(
@@ -75,8 +73,7 @@ def connect(
     logger.info("no server is named: starting one for this process alone")
     cluster = LocalCluster(min_workers=1)
     try:
-        address = read_join(cluster.join)
-        worker = Worker(address, name=name, timeout=timeout, wait_timeout=wait_timeout, transport=transport, **codecs)
+        worker = Worker(read_join(cluster.join), **options)
     except BaseException:
         cluster.close()
         raise

@@ -55,6 +55,8 @@ def test_bf16_to_the_byte() -> None:
     found = np.frombuffer(encode(Codec(BF16), np.concatenate([ties, vector_of(NAN, -INF, 3.4e38, -0.0)])), "<u2")
 
     assert [0x3F80, 0x3F82, 0x3F81, 0x3F80, 0x7FC0, 0xFF80, 0x7F80, 0x8000] == found.tolist()
+    odd = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001], "<u4").view(np.float32)
+    assert np.isnan(through(Codec(BF16), odd)).all(), "a NaN with every bit set does not become zero"
     assert [1.0, 1.015625, 1.0078125, 1.0] == decode(BF16, found[:4].tobytes(), 4).tolist()
 
 
@@ -161,7 +163,7 @@ def test_what_is_not_finite_is_not_hidden() -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.0005, 0.01, 0.1, 0.3])
-@pytest.mark.parametrize("shape", ["normal", "heavy", "sorted", "beats", "sparse", "equal", "zero"])
+@pytest.mark.parametrize("shape", ["normal", "heavy", "sorted", "seen", "unseen", "sparse", "equal", "zero"])
 def test_topk_finds_the_largest(shape: str, fraction: float) -> None:
     """Whether the threshold is guessed well or not: by their sum, since equal ones may be exchanged."""
     elements = 5 * SAMPLE + 77
@@ -170,8 +172,9 @@ def test_topk_finds_the_largest(shape: str, fraction: float) -> None:
         vector = vector**5
     elif shape == "sorted":
         vector.sort()
-    elif shape == "beats":  # exactly what the sample sees is large, or nothing of it
-        vector[:: elements // SAMPLE] *= 100
+    elif shape == "seen":  # the sample, every fifth element, has all that is large
+        vector[:: elements // SAMPLE] *= 1000
+    elif shape == "unseen":
         vector[1 :: elements // SAMPLE] *= 1000
     elif shape == "sparse":
         vector[normal(elements, 1) < 2.5] = 0
@@ -183,6 +186,14 @@ def test_topk_finds_the_largest(shape: str, fraction: float) -> None:
     assert k == len(chosen)
     assert np.all(chosen[1:] > chosen[:-1])
     assert np.sort(np.abs(vector))[-k:].tolist() == np.sort(np.abs(vector[chosen])).tolist()
+
+
+def test_topk_sends_a_nan_that_the_sample_has_not_seen() -> None:
+    """It is larger than any threshold."""
+    vector = normal(5 * SAMPLE)
+    vector[7] = NAN
+
+    assert 7 in indices(encode(Codec(TOPK, 0.001), vector))
 
 
 # --- what must not come in

@@ -73,6 +73,22 @@ def test_a_version_is_encoded_once(moves: list[tuple[int | None, int]]) -> None:
     assert all(frozen == copy for copy, frozen in kept)
 
 
+@pytest.mark.parametrize("codec", [RAW, INT8])
+def test_memory_that_nobody_reads_is_used_again(codec: int) -> None:
+    """For the next version; what somebody still holds is left alone."""
+    store = store_of(3)
+
+    def address(view: memoryview) -> int:
+        return np.frombuffer(view, np.uint8).ctypes.data
+
+    first = address(store.snapshot(0, codec))
+    store.apply(0, torch.ones(3), None, (), 1)
+    held = store.snapshot(0, codec)
+    assert first == address(held)
+    store.apply(0, torch.ones(3), None, (), 1)
+    assert first != address(store.snapshot(0, codec))
+
+
 def test_no_codec_for_what_is_not_for_one() -> None:
     """Of another dtype a reader gets the values as they are."""
     store = Store(lay_out(KINDS, 1), 0)

@@ -211,3 +211,14 @@ def test_what_a_message_decodes_to_is_bounded(weights: Weights, monkeypatch: pyt
     weights.apply(pushed(1, {}, codec=TOPK, blocks=(1,), buffers=(bytes(4) + floats(7),)), 1)
 
     assert [[1, 1], [7, 0, 0]] == values(weights)
+
+
+@pytest.mark.parametrize("span", [(0, 2**32 - 1), (2, 1), (0, 4)])
+def test_no_memory_is_taken_for_ranges_that_cannot_be(
+    weights: Weights, monkeypatch: pytest.MonkeyPatch, span: tuple[int, int]
+) -> None:
+    """Eight bytes of topk may not ask for sixteen gigabytes: ranges are looked at before anything is decoded."""
+    monkeypatch.setattr("shoal.ps.weights.decode", None)
+    buffers = (np.array(span, "<u4").tobytes(), bytes(8))
+    with pytest.raises(Misfit, match="the range"):
+        weights.apply(pushed(1, {}, codec=TOPK, blocks=(1,), ranges=(1,), buffers=buffers), 1)
