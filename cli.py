@@ -244,6 +244,28 @@ def overlap(width: int, layers: int, repeat: int, as_json: bool) -> int:
     return measure(width, layers, repeat=repeat, as_json=as_json)
 
 
+@bench.command()
+@click.option(
+    "--elements", default=10_000_000, show_default=True, type=click.IntRange(1000, 250_000_000), help="float32 numbers."
+)
+@click.option("--codecs", default="", metavar="CODEC,…", help="Which, as raw,int8,topk:0.05; by default all.")
+@click.option(
+    "--repeat", default=9, show_default=True, type=click.IntRange(3), help="Runs of each; medians are printed."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def codecs(elements: int, codecs: str, repeat: int, as_json: bool) -> int:
+    """What each codec costs, loses and saves: time, error, bytes, and push and pull over TCP.
+
+    \b
+    shoal bench codecs
+    shoal bench codecs --elements 1000000 --codecs raw,int8,topk:0.05
+    """
+    from .bench.codecs import CODECS
+    from .bench.codecs import main as measure
+
+    return measure(elements, codecs.split(",") if codecs else CODECS, repeat, as_json)
+
+
 def joining(given: str | None, needed: bool = False) -> str:
     """The join string: the flag, $SHOAL_JOIN, shoal.toml; else the server on this machine."""
     found = str(settle([JOIN], {"join": given}, "worker")["join"])

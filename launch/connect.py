@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any
 
 from ..protocol.errors import ConfigError, NoServerError
 from ..protocol.join import read_join
 from ..worker.client import CONNECT_TIMEOUT, WAIT_TIMEOUT, Worker
-from .settings import ATTEMPT, JOIN, settle
+from .settings import ATTEMPT, CODECS, JOIN, settle
 
 logger = logging.getLogger("shoal")
 
@@ -22,7 +23,13 @@ _WORLDS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def connect(
-    join: str | None = None, *, name: str = "", timeout: float = CONNECT_TIMEOUT, wait_timeout: float = WAIT_TIMEOUT
+    join: str | None = None,
+    *,
+    name: str = "",
+    timeout: float = CONNECT_TIMEOUT,
+    wait_timeout: float = WAIT_TIMEOUT,
+    push_codec: str | None = None,
+    pull_codec: str | None = None,
 ) -> Worker:
     """Join a cluster as a worker.
 
@@ -32,25 +39,28 @@ def connect(
         name: of this worker; by default made from host and process.
         timeout: seconds to find the servers in.
         wait_timeout: seconds after which any later call that waits ends in `WaitTimeout`, unless it says otherwise.
+        push_codec: how float32 gradients travel to servers of other machines: `raw`, `bf16`, `fp16`, `int8`, or `topk`, which
+            sends the largest hundredth of each block and keeps the rest for later (`topk:0.05`: so much of it); by default
+            `$SHOAL_PUSH_CODEC`, else `raw`.
+        pull_codec: how weights travel back: the same but for `topk`; by default `$SHOAL_PULL_CODEC`, else `raw`.
 
     Raises:
         NoServerError: no server answers in time. AuthError: the keys do not fit. VersionError: the server is another shoal.
-        ConfigError: the join string is wrong, or another live worker has this name.
+        ConfigError: the join string is wrong, there is no such codec, or another live worker has this name.
     """
     check_platform()
     found = join or settle([JOIN], {}, "worker")["join"]
     name = name or os.environ.get("SHOAL_WORKER_NAME", "")
     attempt = settle([ATTEMPT], {})["worker_attempt"]
-    transport = os.environ.get("SHOAL_TRANSPORT", "") or "auto"
+    options: dict[str, Any] = {
+        "name": name,
+        "timeout": timeout,
+        "wait_timeout": wait_timeout,
+        "transport": os.environ.get("SHOAL_TRANSPORT", "") or "auto",
+        **settle(CODECS, {"push_codec": push_codec, "pull_codec": pull_codec}, "worker"),
+    }
     if found:
-        return Worker(
-            read_join(found),
-            name=name,
-            attempt=attempt,
-            timeout=timeout,
-            wait_timeout=wait_timeout,
-            transport=transport,
-        )
+        return Worker(read_join(found), attempt=attempt, **options)
     world = next((variable for variable in _WORLDS if os.environ.get(variable, "1") not in ("", "1")), None)
     if world:
         raise NoServerError(
@@ -63,8 +73,7 @@ def connect(
     logger.info("no server is named: starting one for this process alone")
     cluster = LocalCluster(min_workers=1)
     try:
-        address = read_join(cluster.join)
-        worker = Worker(address, name=name, timeout=timeout, wait_timeout=wait_timeout, transport=transport)
+        worker = Worker(read_join(cluster.join), **options)
     except BaseException:
         cluster.close()
         raise

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..protocol.codecs import Codec, pull_codec, push_codec
 from ..protocol.errors import ConfigError
 from ..protocol.join import DEFAULT_PORT
 from ..protocol.layout import BLOCK_BYTES, MAX_BLOCK_BYTES, MIN_BLOCK_BYTES
@@ -203,6 +204,11 @@ RUN = (
 )
 
 ATTEMPT = Setting("worker_attempt", whole(0, 2**32 - 1), 0, "How often a supervisor has restarted this worker.", "N")
+CODECS = (
+    Setting("push_codec", push_codec, Codec(), "How gradients travel to servers of other machines.", "CODEC"),
+    Setting("pull_codec", pull_codec, Codec(), "How weights travel from servers of other machines.", "CODEC"),
+)
+"""A worker's own: `raw`, `bf16`, `fp16`, `int8`, and for pushes `topk` or `topk:FRACTION`."""
 JOIN = Setting("join", text, "", "The join string that `shoal server` printed.", "STRING")
 
 
@@ -263,7 +269,7 @@ def _toml(table: str) -> dict[str, Any]:
         found = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{TOML} cannot be read: {error}") from None
-    known = {setting.name for setting in (*SERVER, *RUN, JOIN)}
+    known = {setting.name for setting in (*SERVER, *RUN, *CODECS, JOIN)}
     values: dict[str, Any] = {}
     for name, value in found.items():
         if isinstance(value, dict):

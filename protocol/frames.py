@@ -110,10 +110,12 @@ def buffer_count(message: Any) -> int:
     """How many buffers the header of this message implies.
 
     Raises:
-        ProtocolError: `ranges` does not fit `blocks`.
+        ProtocolError: `ranges` does not fit `blocks`, or what lies in a region is said to be encoded.
     """
     if isinstance(message, _ONE_BUFFER):
         return 1
+    if isinstance(message, Push | Values) and message.region and message.codec:
+        raise ProtocolError("malformed", f"{type(message).__name__}: a codec in a region")
     if isinstance(message, Push):
         if message.ranges and (len(message.ranges) != len(message.blocks) or not any(message.ranges)):
             raise ProtocolError("malformed", "Push: ranges and blocks do not fit")

@@ -85,6 +85,12 @@ class Layout:
         return plan(self.flats, self.blocks)
 
     @cached_property
+    def coded(self) -> tuple[bool, ...]:
+        """Does a codec apply to the block (SPEC §12.2)?"""
+        fit = [flat.dtype == "float32" and self.spec.groups[flat.group].name != "mean" for flat in self.flats]
+        return tuple(fit[block.flat] for block in self.blocks)
+
+    @cached_property
     def by_shard(self) -> tuple[tuple[Block, ...], ...]:
         """The blocks of each shard, in order of their numbers."""
         owned: list[list[Block]] = [[] for _ in range(self.shards)]

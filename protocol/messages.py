@@ -24,6 +24,8 @@ from .schema import (
     LongText,
     Marks,
     Numbers,
+    PullCodec,
+    PushCodec,
     Real,
     Refusals,
     Requests,
@@ -352,6 +354,8 @@ class Push:
     hyper: Hyper
     region: U32
     """Where the gradients are; 0: in the buffers."""
+    codec: PushCodec
+    """In what form they are in the buffers (SPEC §12)."""
     blocks: Indices
     ranges: Indices
     held: Flag
@@ -393,6 +397,8 @@ class Pull:
     since: U64
     region: U32
     """Where the values are wanted; 0: in buffers."""
+    codec: PullCodec
+    """In what form they are wanted in buffers (SPEC §12)."""
     blocks: Indices
 
 
@@ -407,6 +413,7 @@ class Values:
     version: U64
     min_clock: U64
     region: U32
+    codec: PullCodec
     blocks: Indices
     buffers: Buffers
 

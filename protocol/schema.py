@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+from .codecs import INT8, RAW, TOPK
+
 Check = Callable[[Any], Any]
 
 
@@ -89,6 +91,8 @@ U32 = Annotated[int, integer(0, 2**32 - 1)]
 U63 = Annotated[int, integer(0, 2**63 - 1)]
 U64 = Annotated[int, integer(0, 2**64 - 1)]
 I64 = Annotated[int, integer(-(2**63), 2**63 - 1)]
+PushCodec = Annotated[int, integer(RAW, TOPK)]
+PullCodec = Annotated[int, integer(RAW, INT8)]
 Real = Annotated[float, _real]
 Flag = Annotated[bool, _flag]
 Text = Annotated[str, string(256)]

@@ -23,7 +23,7 @@ def in_buffers(pull: Pull, shard: int, store: Store, min_clock: int, counters: C
         shard: its incarnation.
     """
     parts = deque(_parts(store, store.changed_since(pull.since, pull.blocks)))
-    shots = {block: store.shot(block) for blocks in parts for block in blocks}
+    shots = {block: store.shot(block, pull.codec) for blocks in parts for block in blocks}
     head, version = (pull.incarnation, shard, pull.request), store.version
 
     def made() -> Iterator[Values]:
@@ -32,7 +32,7 @@ def in_buffers(pull: Pull, shard: int, store: Store, min_clock: int, counters: C
             blocks = parts.popleft()
             buffers = tuple(shots.pop(block).values() for block in blocks)
             counters["bytes_out"] += sum(map(len, buffers))
-            yield Values(*head, number, total, version, min_clock, 0, blocks, buffers)
+            yield Values(*head, number, total, version, min_clock, 0, pull.codec, blocks, buffers)
 
     return made()
 

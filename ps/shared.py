@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..protocol.codecs import RAW
 from ..protocol.effects import Attach, Attached, Peer, Send
 from ..protocol.layout import Layout
 from ..protocol.messages import Buffer, Pull, Push, Share, Shared, Values
@@ -108,6 +109,7 @@ class SharedMemory:
         for block in blocks:
             start, stop = weights.layout.plan.blocks[block]
             store.copy_into(block, memory[start:stop])
-        said = Values(pull.incarnation, shard, pull.request, 0, 1, store.version, min_clock, pull.region, blocks, ())
+        head = (pull.incarnation, shard, pull.request, 0, 1, store.version, min_clock, pull.region, RAW)
+        said = Values(*head, blocks, ())
         self._said[pull.incarnation] = said
         return said

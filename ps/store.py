@@ -1,14 +1,14 @@
 """The blocks of a shard: their values, versions and updates (SPEC §4.2, §6.4).
 
 Rules
-- A live block is never handed out: a reader gets a copy, made once a version and shared by all who ask for that version.
+- A live block is never handed out: a reader gets a copy, made once a version (and codec) and shared by all who ask for it.
 - A reader who takes his time costs nothing until the block changes: it is copied when he asks for it, or just before the change.
 - Sizes are checked here, against the layout, before anything is touched.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from sys import getrefcount
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..protocol.codecs import RAW, Codec
+from ..protocol.coding import encode
 from ..protocol.layout import Block, Layout
 from ..protocol.messages import Buffer
 from .rules import Ranges, Updater
@@ -40,17 +42,24 @@ class Misfit(Exception):
 
 
 class Shot:
-    """A block's values at one moment."""
+    """A block's values at one moment, in a codec."""
 
-    def __init__(self, held: _Held) -> None:
-        self._held = held
+    def __init__(self, store: Store, block: int, codec: int) -> None:
+        self._of = store, block, codec
         self._copy: Buffer = b""
 
     def values(self) -> Buffer:
         """They, as bytes that nobody will change."""
         if not self._copy:
-            self._copy = self._held.snapshot()
+            store, block, codec = self._of
+            self._copy = store.snapshot(block, codec)
         return self._copy
+
+
+@dataclass(slots=True)
+class _Copy:
+    values: np.ndarray[Any, np.dtype[np.uint8]]
+    version: int = -1
 
 
 @dataclass(slots=True)
@@ -60,25 +69,10 @@ class _Held:
     weights: torch.Tensor
     updater: Updater
     version: int = 0
-    copy: np.ndarray[Any, np.dtype[np.uint8]] | None = None
-    copied: int = -1
-    """The version that `copy` is of."""
-    shot: Shot | None = None
-    """Of this version, if anybody was promised its values."""
-
-    def snapshot(self) -> memoryview:
-        live = self.weights.view(torch.uint8).numpy()
-        if self.copy is None or (self.copied != self.version and getrefcount(self.copy) > FREE):
-            self.copy, self.copied = live.copy(), self.version
-        elif self.copied != self.version:  # nobody reads the last one any more: new pages would cost more than the copy
-            self.copy[...], self.copied = live, self.version
-        return memoryview(self.copy)  # type: ignore[arg-type]
-
-    def about_to_change(self) -> None:
-        if self.shot is not None:
-            if getrefcount(self.shot) > FREE:  # somebody has not read it yet
-                self.shot.values()
-            self.shot = None
+    copies: dict[int, _Copy] = field(default_factory=dict)
+    """By codec."""
+    shots: dict[int, Shot] = field(default_factory=dict)
+    """By codec, of this version, where somebody was promised its values."""
 
 
 class Store:
@@ -157,7 +151,7 @@ class Store:
         held = self._held.get(block)
         if held is None or len(payload) != held.block.nbytes:
             raise Misfit("shape", f"block {block} with {len(payload)} bytes")
-        held.about_to_change()
+        self._about_to_change(held)
         held.weights.copy_(_tensor(payload, held.weights.dtype))
         self._changed(held)
 
@@ -166,7 +160,7 @@ class Store:
     ) -> None:
         """One step of the block's rule; see `Updater.apply`."""
         held = self._held[block]
-        held.about_to_change()
+        self._about_to_change(held)
         held.updater.apply(gradient, ranges, numbers, workers)
         self._changed(held)
 
@@ -174,20 +168,36 @@ class Store:
         """Which of `blocks` (empty: all) have changed after `version`, in order."""
         return [index for index in blocks or self._held if self._held[index].version > version]
 
-    def snapshot(self, block: int) -> memoryview:
-        """The block's values now, as bytes that nobody will change."""
-        return self._held[block].snapshot()
-
-    def shot(self, block: int) -> Shot:
-        """The block's values now, to be read later."""
+    def snapshot(self, block: int, codec: int = RAW) -> memoryview:
+        """The block's values now, as bytes that nobody will change; in a codec if one applies to the block."""
         held = self._held[block]
-        if held.shot is None:
-            held.shot = Shot(held)
-        return held.shot
+        codec = codec if self.layout.coded[block] else RAW
+        copy = held.copies.get(codec)
+        if copy is None or (copy.version != held.version and getrefcount(copy.values) > FREE):
+            nbytes = Codec(codec).size(held.block.elements) if codec else held.block.nbytes
+            copy = held.copies[codec] = _Copy(np.empty(nbytes, np.uint8))
+        if copy.version != held.version:  # nobody reads it: new pages would cost more than the copy
+            copy.version = held.version
+            if codec == RAW:
+                copy.values[...] = held.weights.view(torch.uint8).numpy()
+            else:
+                encode(Codec(codec), held.weights.numpy(), torch, copy.values)
+        return memoryview(copy.values)  # type: ignore[arg-type]
+
+    def shot(self, block: int, codec: int = RAW) -> Shot:
+        """The block's values now, to be read later."""
+        return self._held[block].shots.setdefault(codec, Shot(self, block, codec))
 
     def copy_into(self, block: int, memory: memoryview) -> None:
         """The block's values now, written to `memory`, which has its length."""
         memory[:] = memoryview(self._held[block].weights.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+    @staticmethod
+    def _about_to_change(held: _Held) -> None:
+        for shot in held.shots.values():
+            if getrefcount(shot) > FREE + 1:  # somebody has not read it yet
+                shot.values()
+        held.shots.clear()
 
     def _changed(self, held: _Held) -> None:
         self.version += 1

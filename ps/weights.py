@@ -13,9 +13,13 @@ from math import inf
 import numpy as np
 import torch
 
+from ..protocol.codecs import RAW
+from ..protocol.coding import decode
+from ..protocol.errors import ProtocolError
 from ..protocol.frames import payload_bytes
 from ..protocol.layout import Layout
-from ..protocol.messages import Fill, Push
+from ..protocol.messages import Buffer, Fill, Push
+from .answers import PART_BYTES
 from .averaging import StepAverage
 from .rules import Ranges
 from .store import Misfit, Store
@@ -74,7 +78,7 @@ class Weights:
         Raises:
             Misfit: nothing of it was applied.
         """
-        for update in self._checked(push, finite):
+        for update in self._checked(self._decoded(push), finite):
             self.store.apply(update.block, update.gradient, update.ranges, update.numbers, workers)
         self.updates += 1
 
@@ -84,6 +88,7 @@ class Weights:
         Raises:
             Misfit: it is not kept.
         """
+        push = self._decoded(push)
         self._checked(push)
         kept = [*self._collected.get(push.incarnation, ()), *self._held.get(push.incarnation, ())]
         room = max(MAX_COLLECTED, 2 * self.store.nbytes)
@@ -148,6 +153,34 @@ class Weights:
         for rule, numbers in zip(rules, push.hyper, strict=False):
             if numbers and not rule.accepts(numbers):
                 raise Misfit("shape", f"hyperparameters {numbers} do not fit {rule.name}")
+
+    def _decoded(self, push: Push) -> Push:
+        """The same push with its gradients raw (SPEC §12).
+
+        Raises:
+            Misfit: a foreign block, ranges or a payload that does not fit, or more than a message may hold.
+        """
+        if push.codec == RAW:
+            return push
+        known, buffers = self.layout.blocks, list[Buffer](push.buffers[: bool(push.ranges)])
+        room = PART_BYTES
+        for block, ranges, payload in zip(push.blocks, spans_of(push), push.buffers[bool(push.ranges) :], strict=True):
+            if block not in self.store:
+                raise Misfit("shape", f"block {block} is not on this shard")
+            room -= known[block].nbytes
+            if room < 0 and len(push.blocks) > 1:
+                raise Misfit("shape", f"a push of over {PART_BYTES} bytes before its codec")
+            if not self.layout.coded[block]:
+                buffers.append(payload)
+                continue
+            if ranges is not None:
+                self.store.check_ranges(block, ranges)
+            elements = known[block].elements if ranges is None else sum(b - a for a, b in ranges)
+            try:
+                buffers.append(decode(push.codec, payload, elements, torch=torch).data.cast("B"))
+            except ProtocolError as error:
+                raise Misfit("shape", f"block {block}: {error.what}") from None
+        return replace(push, codec=RAW, buffers=tuple(buffers))
 
     def _checked(self, push: Push, finite: bool = False) -> list[_Update]:
         """`finite`: it was looked at before. What lies in shared memory its worker has looked at (SPEC §11.3)."""

@@ -152,11 +152,11 @@ class ShardBench(Bench):
     ) -> list[Any]:
         """A gradient of block 0, or none."""
         blocks, buffers = ((0,), (floats(*values),)) if values else ((), ())
-        return self.do(m.Push, worker, clock, advance, examples, hyper, 0, blocks, (), held, buffers)
+        return self.do(m.Push, worker, clock, advance, examples, hyper, 0, 0, blocks, (), held, buffers)
 
     def pull(self, worker: int, clock: int = 0, after: int = 0, since: int = 0, blocks: Any = ()) -> list[Any]:
         self.requests += 1
-        return self.hear(peer_of(worker), m.Pull(worker, SHARD, self.requests, clock, after, since, 0, blocks))
+        return self.hear(peer_of(worker), m.Pull(worker, SHARD, self.requests, clock, after, since, 0, 0, blocks))
 
     def report(self) -> m.Report:
         return only(m.Report, self.after(1.0))

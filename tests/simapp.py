@@ -12,6 +12,8 @@ import numpy as np
 from history import History, Life, PullDone, Update, Violation
 from simnet import Faults, Node, Sim
 
+from shoal.protocol.codecs import RAW, Codec
+from shoal.protocol.coding import decode, encode
 from shoal.protocol.effects import COORDINATOR, Fail, Resolve, Tick
 from shoal.protocol.errors import ServerLost, WorkerEvicted
 from shoal.protocol.messages import Place
@@ -142,10 +144,14 @@ class App:
         parts = []
         for block in self.core.layout.blocks:
             buffer: Any = payload.tobytes()
-            if memory is not None:
+            near = memory is not None and (update.element + block.index) % 2 == 0
+            codec = RAW if near else self.cluster.push_codec.number
+            if memory is not None and codec == RAW:
                 memory.block(block.index)[:] = buffer
                 buffer = memory.block(block.index)
-            parts.append(calls.Part(block.shard, (block.index,), (), (buffer,)))
+            elif codec != RAW:
+                buffer = bytes(encode(self.cluster.push_codec, payload))
+            parts.append(calls.Part(block.shard, (block.index,), (), (buffer,), codec))
 
         def acked(result: Any) -> None:
             update.acked_at = self.cluster.sim.now
@@ -191,7 +197,7 @@ class App:
             own_now = tuple(e for e in own if self.cluster.history.updates[e].incarnation == life)
             values = {}
             for block in self.core.layout.blocks:
-                found = answer.blocks.get(block.index)
+                found = answer.blocks.get(block.index, came.get(block.index))
                 if found is None:
                     assert shown is not None
                     found = shown.block(block.index)
@@ -210,8 +216,14 @@ class App:
         elif self._shown is not None and bytes(self._shown.bytes) != self._seen:
             raise Violation(f"{self.name}: a shard wrote to a region while nobody waited for it")
         shown = self._shown
-        number = shown.number if shown else 0
-        self._call(calls.PullCalled, pulled, blocks, {}, number, failed=lambda error: self._retry(error, then))
+        number, codec = shown.number if shown else 0, self.cluster.pull_codec.number
+        came: dict[int, Any] = {}
+
+        def sink(block: int, payload: Any, codec: int) -> None:
+            came[block] = decode(codec, payload, ELEMENTS)
+
+        what = (blocks, {}, number, sink if codec else None, codec)
+        self._call(calls.PullCalled, pulled, *what, failed=lambda error: self._retry(error, then))
 
     def _retry(self, error: Exception, then: Callable[[], None]) -> None:
         if not isinstance(error, ServerLost):
@@ -274,11 +286,14 @@ class Cluster:
         job: Job = Job(),
         min_workers: int = 1,
         sharing: bool = False,
+        push_codec: Codec = Codec(),  # noqa: B008 - frozen
+        pull_codec: Codec = Codec(),  # noqa: B008 - frozen
         make_shard: Callable[..., Shard] = Shard,
         make_coordinator: Callable[..., Coordinator] = Coordinator,
     ) -> None:
         self.sim = Sim(seed, faults)
         self.job, self.lease, self.sharing = job, lease, sharing
+        self.push_codec, self.pull_codec = push_codec, pull_codec
         self.region_numbers = count(1)
         self.history = History(mode, staleness, sharing)
         self.spec = ModelSpec((Tensor("marks", "float32", (shards * ELEMENTS,)),), (SGD(lr=1.0),))

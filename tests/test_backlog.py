@@ -127,7 +127,7 @@ def test_a_slow_reader_has_a_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
         slow.recv_multipart()
         before = shard.memory_info().rss
         for request in range(1, 9):
-            slow.send_multipart(encode(Pull(worker._core.incarnation, link.shard, 1000 + request, 0, 0, 0, 0, ())))
+            slow.send_multipart(encode(Pull(worker._core.incarnation, link.shard, 1000 + request, 0, 0, 0, 0, 0, ())))
             asked = request + 3
             until(lambda asked=asked: _pulls(link.place) >= asked)  # type: ignore[misc]
             worker.push(gradient).result()

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from cores import carried, kinds, only
 
 from shoal.protocol import messages as m
+from shoal.protocol.codecs import BF16, INT8, Codec
+from shoal.protocol.coding import decode, encode
 from shoal.protocol.effects import Fail, Log, Open, Resolve, Send
 from shoal.protocol.errors import NonFiniteError, ServerLost, ShapeError, ShoalError
 from shoal.protocol.layout import MIN_BLOCK_BYTES, lay_out
@@ -111,7 +114,7 @@ class Bench:
         return self.look()
 
     def values(self, index: int, request: int, min_clock: int = 0) -> tuple[int, m.Values]:
-        return index, m.Values(ME, 900 + index, request, 0, 1, 5, min_clock, 0, (index,), (bytes(4096),))
+        return index, m.Values(ME, 900 + index, request, 0, 1, 5, min_clock, 0, 0, (index,), (bytes(4096),))
 
 
 @pytest.fixture
@@ -176,6 +179,53 @@ def test_a_refused_push_is_an_error_of_its_kind(bench: Bench, code: str, kind: t
     assert None is bench.ended[8]
 
 
+def test_a_push_in_a_codec_travels_as_bytes(bench: Bench) -> None:
+    """Though its region is shared with the shard; what is counted is what travels, and the raw part lies in the region."""
+    for index in (0, 1):
+        bench.fleet.links[index].shared[3] = ""
+    parts = (Part(0, (0,), (), (bytes(2048),), BF16), Part(1, (1,), (), (bytes(4096),)))
+    bench.fleet.push(PushCalled(7, parts, True, 2.0, (), 3))
+    said = bench.look()
+
+    assert [(0, BF16, 1), (3, 0, 0)] == [(push.region, push.codec, len(push.buffers)) for _, push in said]
+    assert 2048 + 4096 == bench.stats.bytes_pushed
+
+
+def test_a_pull_in_a_codec(bench: Bench) -> None:
+    """The shard is asked for it, the sink decodes it, the bytes are counted as they come; an answer may yet be raw."""
+    values = np.linspace(-1, 1, 1024, dtype=np.float32)
+    found: dict[int, Any] = {}
+
+    def sink(block: int, payload: Any, codec: int) -> None:
+        found[block] = decode(codec, payload, 1024)
+
+    bench.fleet.pull(PullCalled(5, {0: (), 1: ()}, {}, 0, sink, INT8), bench.now)
+    assert [INT8, INT8] == [message.codec for _, message in bench.look()]
+    payload = bytes(encode(Codec(INT8), values))
+    bench.hear((0, m.Values(ME, 900, 1, 0, 1, 5, 0, 0, INT8, (0,), (payload,))))
+    bench.hear((1, m.Values(ME, 901, 2, 0, 1, 5, 0, 0, 0, (1,), (values.tobytes(),))))
+
+    assert {} == bench.ended[5].blocks
+    assert (len(payload) + 4096) == bench.stats.bytes_pulled
+    assert np.abs(found[0] - values).max() <= 1 / 250
+    assert np.array_equal(values, found[1])
+
+
+@pytest.mark.parametrize(
+    ("codec", "payload"), [(INT8, bytes(1039)), (INT8, b"\xff" * 1040), (BF16, bytes(4096)), (0, bytes(2048))]
+)
+@pytest.mark.parametrize("with_sink", [True, False])
+def test_an_answer_that_cannot_be_read_ends_the_pull(bench: Bench, codec: int, payload: bytes, with_sink: bool) -> None:
+    """Of the wrong length or with what no encoder writes; in a codec that nobody here would decode. The reader is told."""
+    sink = (lambda block, payload, codec: decode(codec, payload, 1024)) if with_sink else None
+    bench.fleet.pull(PullCalled(5, {0: ()}, {}, 0, sink, codec), bench.now)
+    bench.look()
+    bench.hear((0, m.Values(ME, 900, 1, 0, 1, 5, 0, 0, codec, (0,), (payload,))))
+
+    assert isinstance(bench.ended[5], ShapeError)
+    assert "shard 0 answered with a block 0 that" in str(bench.ended[5])
+
+
 def test_a_refusal_that_nobody_waits_for_is_logged_once(bench: Bench) -> None:
     """An operation of the core's own has no caller; `Ack` repeats its refusals, the log does not. A cancelled one is nobody's."""
     bench.push(7, 0)
@@ -200,7 +250,7 @@ def test_a_restarted_shard_is_a_new_stream(bench: Bench, greeted: bool) -> None:
         ]
     said = bench.hear((0, m.Greeting(ME, 990, 0)))
 
-    assert [m.Pull(ME, 990, 1, 2, 0, 0, 0, ()), m.Start(ME, 990, 1, 2)] == [
+    assert [m.Pull(ME, 990, 1, 2, 0, 0, 0, 0, ()), m.Start(ME, 990, 1, 2)] == [
         message for index, message in said if index == 0
     ]
     assert [ServerLost] * 2 == [type(bench.ended[ticket]) for ticket in (7, 8)]

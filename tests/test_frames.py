@@ -42,6 +42,8 @@ OF_KIND: dict[Any, st.SearchStrategy[Any]] = {
     schema.U63: st.integers(0, 2**63 - 1),
     schema.U64: u64,
     schema.I64: st.integers(-(2**63), 2**63 - 1),
+    schema.PushCodec: st.integers(0, 4),
+    schema.PullCodec: st.integers(0, 3),
     schema.Real: real,
     schema.Flag: st.booleans(),
     schema.Text: text,
@@ -70,8 +72,11 @@ def instances(draw: Callable[[Any], Any], kind: type[Any]) -> Any:
         count = len(values["blocks"])
         ranges = draw(st.just(()) | st.lists(st.integers(0, 9), min_size=count, max_size=count).map(tuple))
         values["ranges"] = ranges if any(ranges) else ()
+        values["codec"] = 0 if values["region"] else values["codec"]
         count = bool(values["ranges"]) + (0 if values["region"] else count)
     elif kind in HAVE_BUFFERS:
+        if kind is m.Values and values["region"]:
+            values["codec"] = 0
         count = 1 if kind in ONE_BUFFER else 0 if values.get("region") else len(values["blocks"])
     if kind in HAVE_BUFFERS:
         values["buffers"] = tuple(draw(payload) for _ in range(count))
@@ -266,8 +271,8 @@ def test_a_number_that_is_for_people_may_be_nan() -> None:
     assert math.isnan(found.stats[0][1])
     for message in (
         m.ShardWelcome(1, 2, 3, math.nan),
-        m.Push(1, 2, 3, 4, True, math.nan, (), 0, (), (), False, ()),
-        m.Push(1, 2, 3, 4, True, 1.0, ((math.nan,),), 0, (), (), False, ()),
+        m.Push(1, 2, 3, 4, True, math.nan, (), 0, 0, (), (), False, ()),
+        m.Push(1, 2, 3, 4, True, 1.0, ((math.nan,),), 0, 0, (), (), False, ()),
     ):
         with pytest.raises(ProtocolError):
             decode(encode(message))
@@ -279,7 +284,24 @@ def test_ranges_that_do_not_fit_the_blocks_are_refused(ranges: tuple[int, ...]) 
     buffers = tuple(bytes(8) for _ in range(3))
 
     with pytest.raises(ProtocolError) as refused:
-        decode(encode(m.Push(1, 2, 3, 4, True, 1.0, (), 0, (7, 8), ranges, False, buffers)))
+        decode(encode(m.Push(1, 2, 3, 4, True, 1.0, (), 0, 0, (7, 8), ranges, False, buffers)))
+    assert "malformed" == refused.value.reason
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.Push(1, 2, 3, 4, True, 1.0, (), 5, 1, (7,), (), False, ()),
+        m.Values(1, 2, 3, 0, 1, 4, 5, 6, 1, (7,), ()),
+        m.Push(1, 2, 3, 4, True, 1.0, (), 0, 5, (), (), False, ()),
+        m.Values(1, 2, 3, 0, 1, 4, 5, 0, 4, (), ()),
+        m.Pull(1, 2, 3, 4, 5, 6, 0, 4, ()),
+    ],
+)
+def test_a_codec_that_cannot_be_is_refused(message: m.Message) -> None:
+    """In a region, where everything is raw; one that there is not; one that leaves out numbers, for a reader (SPEC §12)."""
+    with pytest.raises(ProtocolError) as refused:
+        decode(encode(message))
     assert "malformed" == refused.value.reason
 
 
@@ -336,6 +358,7 @@ def test_the_specification_lists_these_messages() -> None:
     """SPEC §7 and the code agree on every message's number, its fields in order, their kinds, and whether it has buffers."""
     kinds = {"inc": schema.U64, "u32": schema.U32, "u63": schema.U63, "u64": schema.U64, "i64": schema.I64}
     kinds |= {"f": schema.Real, "flag": schema.Flag, "[u32]": schema.Indices}
+    kinds |= {"c3": schema.PullCodec, "c4": schema.PushCodec}
     rows_ = spec_rows()
 
     assert {kind.__name__ for kind in KINDS} == set(rows_)

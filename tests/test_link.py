@@ -25,7 +25,7 @@ def read(held: tuple[int, int] = (0, 0)) -> Read:
 
 
 def values(version: int, part: int, parts: int) -> Values:
-    return Values(1, 9, 5, part, parts, version, 0, 0, (10 * version + part,), (bytes([version]),))
+    return Values(1, 9, 5, part, parts, version, 0, 0, 0, (10 * version + part,), (bytes([version]),))
 
 
 @given(st.permutations([0, 1, 2, 2, 0]))

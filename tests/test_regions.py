@@ -109,11 +109,22 @@ class Sharing(ShardBench):
     def shared_push(self, clock: int, **other: Any) -> list[Any]:
         ranges, buffers = other.get("ranges", ()), other.get("buffers", ())
         return self.do(
-            m.Push, 1, clock, True, 1.0, (), other.get("region", 1), other.get("blocks", (0,)), ranges, False, buffers
+            m.Push,
+            1,
+            clock,
+            True,
+            1.0,
+            (),
+            other.get("region", 1),
+            0,
+            other.get("blocks", (0,)),
+            ranges,
+            False,
+            buffers,
         )
 
     def shared_pull(self, request: int, region: int = 1) -> m.Values:
-        return only(m.Values, self.hear(peer_of(1), m.Pull(1, SHARD, request, 0, 0, 0, region, ())))
+        return only(m.Values, self.hear(peer_of(1), m.Pull(1, SHARD, request, 0, 0, 0, region, 0, ())))
 
 
 def test_an_offer_is_tried_and_answered() -> None:

@@ -398,6 +398,6 @@ def test_a_cancelled_call_is_nobodys(at: Session) -> None:
     assert "Claim" not in kinds(at.after(2))
     at.answer(claim, m.Exhausted)
     at.ack(3)
-    at.hear(m.Values(at.life, SHARD, 1, 0, 1, 4, 0, 0, (0,), (bytes(8),)), 0)
+    at.hear(m.Values(at.life, SHARD, 1, 0, 1, 4, 0, 0, 0, (0,), (bytes(8),)), 0)
 
     assert not {opened, gone, pulled, pushed} & set(at.ended)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from shoal.cli import exit_code
-from shoal.launch.settings import CLUSTER, JOIN, RUN, SERVER, BadFlag, settle
+from shoal.launch.settings import CLUSTER, CODECS, JOIN, RUN, SERVER, BadFlag, settle
+from shoal.protocol.codecs import BF16, INT8, TOPK, Codec
 from shoal.protocol.errors import ConfigError
 from shoal.protocol.layout import BLOCK_BYTES
 
@@ -22,7 +23,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def one(name: str, value: Any = None, table: str = "") -> Any:
-    return settle((*SERVER, JOIN), {name: value}, table)[name]
+    return settle((*SERVER, *CODECS, JOIN), {name: value}, table)[name]
 
 
 def test_argument_before_environment_before_file_before_default(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +49,7 @@ def test_the_defaults() -> None:
     assert cluster | {"workers": 2, "servers": 1, "report": ""} == settle(RUN, {})
 
 
-@pytest.mark.parametrize("setting", {s.name: s for s in (*SERVER, *RUN, JOIN)}.values(), ids=lambda s: s.name)
+@pytest.mark.parametrize("setting", {s.name: s for s in (*SERVER, *RUN, *CODECS, JOIN)}.values(), ids=lambda s: s.name)
 def test_a_default_can_be_typed(setting: Any) -> None:
     """Every default is a value that its own reader takes, and leaves as it is."""
     assert setting.default == setting.read(setting.default) == setting.read(str(setting.default))
@@ -63,6 +64,7 @@ def test_a_default_can_be_typed(setting: Any) -> None:
         ("block_bytes", "512KiB", 2**19), ("block_bytes", "0.5 MiB", 2**19), ("block_bytes", 4096, 4096),
         ("block_bytes", "16MiB", 2**24),
         ("port", "0", 0), ("port", 65535, 65535), ("mode", "sync", "sync"), ("nonfinite", "skip", "skip"),
+        ("push_codec", "int8", Codec(INT8)), ("push_codec", "topk:0.05", Codec(TOPK, 0.05)), ("pull_codec", "bf16", Codec(BF16)),
         ("insecure", True, True), ("insecure", "Yes", True), ("insecure", "off", False), ("insecure", 0, False),
     ],
 )  # fmt: skip
@@ -88,6 +90,10 @@ def test_values_as_people_type_them(name: str, typed: Any, value: Any) -> None:
         ("min_workers", 4097, "must be from 1 to 4096"), ("min_shards", -1, "must be from 0 to 4096"),
         ("mode", "turbo", "must be one of async, sync"), ("mode", "federated", "federated rounds are not part of this version"),
         ("mode", ["async"], "not a value of the right kind"), ("nonfinite", "ignore", "must be one of error, skip"),
+        ("push_codec", "int9", "must be one of raw, bf16, fp16, int8, topk, topk:FRACTION"),
+        ("push_codec", "topk:2", "must be topk:FRACTION with a fraction over 0 and up to 0.5"),
+        ("pull_codec", "int9", "must be one of raw, bf16, fp16, int8"),
+        ("pull_codec", "topk", "must be one of raw, bf16, fp16, int8: topk leaves numbers out"),
         ("insecure", "maybe", "must be true or false"), ("insecure", 2, "must be true or false"),
     ],
 )  # fmt: skip

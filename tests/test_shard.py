@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from math import inf, nan
 from typing import Any
 
@@ -13,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.protocol import messages as m
+from shoal.protocol.codecs import size
+from shoal.protocol.coding import decode
 from shoal.protocol.effects import COORDINATOR, Linked, Tick, Unreadable
 from shoal.protocol.layout import lay_out
 from shoal.protocol.model import ModelSpec, Tensor
@@ -94,7 +97,7 @@ def test_a_hello_of_another_run_waits_as_well() -> None:
 def test_it_serves_those_in_its_view_and_no_others() -> None:
     """`Evicted` for who is not in the view, `Stranger` for who has no stream at this shard (§3.2.2)."""
     bench = ShardBench()
-    for message in (m.Probe(8, SHARD), m.Enter(8, SHARD, 1), m.Pull(8, SHARD, 1, 0, 0, 0, 0, ())):
+    for message in (m.Probe(8, SHARD), m.Enter(8, SHARD, 1), m.Pull(8, SHARD, 1, 0, 0, 0, 0, 0, ())):
         assert [m.Evicted(8)] == bench.hear(peer_of(8), message)
     assert [m.Stranger(1, SHARD)] == bench.hear(peer_of(1), m.Enter(1, SHARD - 1, 2))
 
@@ -157,7 +160,7 @@ def test_an_update_is_applied_once(order: list[int], more: list[int]) -> None:
     seen: set[int] = set()
     for number in [*more, *order, *more, *sorted(order)]:
         value = float(2**number)
-        push = m.Push(2, SHARD, number, 0, False, 1.0, (), 0, (0,), (), False, (floats(-value, 0.0),))
+        push = m.Push(2, SHARD, number, 0, False, 1.0, (), 0, 0, (0,), (), False, (floats(-value, 0.0),))
         ack = only(m.Ack, bench.hear(peer_of(2), push))
         before = next(n for n in range(9) if n + 1 not in seen)
         seen |= {number} if number == before + 1 else set()
@@ -378,3 +381,38 @@ def test_what_does_not_belong_here_is_counted() -> None:
     assert [m.Echoed(4, (b"abc",))] == bench.hear(b"anybody", m.Echo(4, (b"abc",)))
     answer = only(m.Answer, bench.hear(b"anybody", m.Inquire(3, "status")))
     assert {"role": "shard", "filled": True, "blocks": 1, "bytes": 8}.items() <= json.loads(answer.buffers[0]).items()
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_any_payload_in_a_codec_is_taken_or_refused(mode: str) -> None:
+    """Random bytes as gradients: the stream goes on, what is refused is counted by its reason, and the weights stay finite."""
+    dice = random.Random(7)
+    bench = ShardBench(members=(1,), mode=mode, spec=ModelSpec((Tensor("w", "float32", (300,)),), (SGD(lr=1e-30),)))
+    bench.start(1)
+    for clock in range(400):
+        codec, ranged = dice.randrange(5), dice.random() < 0.3
+        elements = 7 if ranged else 300
+        length = dice.choice((size(codec, elements), size(codec, elements), 8, dice.randrange(2000)))
+        spans = (np.array([2, 9], "<u4").tobytes(),) if ranged else ()
+        payload = dice.randbytes(length) if dice.random() < 0.5 else bytes(length)
+        bench.do(m.Push, 1, clock, True, 1.0, (), 0, codec, (0,), (1,) * ranged, False, (*spans, payload))
+    refused = {name: count for name, count in bench.core.counters.items() if name.startswith("refused.")}
+
+    assert {"refused.shape", "refused.nonfinite"} == set(refused)
+    assert 100 < sum(refused.values()) < 380
+    assert 400 == bench.core._clocks.get(1)
+    assert [] == bench.logged
+    assert np.isfinite(bench.weights).all()
+
+
+def test_values_in_a_codec() -> None:
+    """A reader gets them in the one that it asked for, and says so; an answer in a region or of float64 is raw."""
+    spec = ModelSpec((Tensor("w", "float32", (300,)), Tensor("d", "float64", (3,))), (SGD(lr=1.0),))
+    bench = ShardBench(members=(1,), spec=spec, fill=False)
+    bench.do(m.Fill, 1, bench.epoch, (0, 1), (np.full(300, 0.1, np.float32).tobytes(), np.full(3, 0.1).tobytes()))
+    for codec, nbytes in ((0, 1200), (1, 600), (2, 600), (3, 308)):
+        values = only(m.Values, bench.hear(peer_of(READER), m.Pull(READER, SHARD, 1 + codec, 0, 0, 0, 5, codec, ())))
+        assert (codec, [nbytes, 24]) == (values.codec, [len(buffer) for buffer in values.buffers])
+        found = decode(codec, values.buffers[0], 300)
+        assert np.abs(found - np.float32(0.1)).max() <= 0.1 / 250
+        assert 0.1 == np.frombuffer(values.buffers[1])[0]

@@ -8,8 +8,10 @@ from math import inf
 
 import pytest
 from history import check_coverage, check_once, check_release, check_staleness
-from simapp import Cluster, Job, story
+from simapp import ELEMENTS, Cluster, Job, story
 from simnet import Faults
+
+from shoal.protocol.codecs import BF16, FP16, INT8, RAW, TOPK, Codec
 
 SEED = int(os.environ.get("SHOAL_SEED", random.SystemRandom().randrange(2**32)))
 SCHEDULES = int(os.environ.get("SHOAL_SCHEDULES", "1000"))
@@ -39,6 +41,8 @@ def play(seed: int, kinds: tuple[str, ...] = KINDS, **overrides: object) -> Clus
         "job": Job(length=dice.choice((24, 40, 50)), batch=4, size=dice.choice((4, 8, 12)), epochs=dice.randint(1, 3)),
         "min_workers": dice.choice((1, workers)),
         "sharing": dice.random() < 0.5,
+        "push_codec": Codec(random.Random(seed + 1).choice((RAW, RAW, BF16, INT8, TOPK)), 1 / ELEMENTS),
+        "pull_codec": Codec(random.Random(seed + 2).choice((RAW, RAW, BF16, FP16))),
     } | overrides
     cluster = Cluster(seed, **options)  # type: ignore[arg-type]
     sim = cluster.sim

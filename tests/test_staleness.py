@@ -169,7 +169,7 @@ def test_a_pull_gets_what_has_changed() -> None:
     bench = ShardBench(spec=ModelSpec((Tensor("w", "float32", (3072,)),), (SGD(lr=1.0),)))
     first = only(m.Values, bench.pull(1))
     assert ((0, 1, 2), 3, 0, 1) == (first.blocks, first.version, first.part, first.parts)
-    bench.do(m.Push, 1, 0, False, 1.0, (), 0, (1,), (), False, (bytes(4096),))
+    bench.do(m.Push, 1, 0, False, 1.0, (), 0, 0, (1,), (), False, (bytes(4096),))
 
     since = [only(m.Values, bench.pull(1, since=3, blocks=blocks)) for blocks in ((), (0, 2), (1, 2))]
     assert [(1,), (), (1,)] == [values.blocks for values in since]
@@ -221,7 +221,7 @@ def test_a_shard_without_blocks_answers_as_soon_as_it_knows() -> None:
     bench.hear(COORDINATOR, m.ShardWelcome(SHARD, RUN, 1, 15.0))
     bench.hear(COORDINATOR, m.View(RUN, 1, "async", 0.0, 0, 0, (m.Member(1, "name1", False),)))
     bench.hear(peer_of(1), m.Hello(1, RUN, 1))
-    bench.hear(peer_of(1), m.Pull(1, SHARD, 1, 0, 0, 0, 0, ()))
+    bench.hear(peer_of(1), m.Pull(1, SHARD, 1, 0, 0, 0, 0, 0, ()))
 
     model = m.Model(RUN, 2, layout.block_bytes, layout.digest, (SMALL.description,))
     assert [1] == answered(bench.hear(COORDINATOR, model))

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.protocol.codecs import BF16, INT8, RAW
+from shoal.protocol.coding import decode
 from shoal.protocol.layout import lay_out
 from shoal.protocol.model import ModelSpec, Tensor
 from shoal.protocol.rules import Delta
@@ -67,6 +69,48 @@ def test_versions_and_copies(moves: list[tuple[str, int]]) -> None:
         assert [b for b in (2, 0) if changed[b] > since] == store.changed_since(since, (2, 0))
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from((RAW, BF16, INT8, None)), st.integers(0, 1)), max_size=20))
+def test_a_version_is_encoded_once(moves: list[tuple[int | None, int]]) -> None:
+    """For all who ask for it in that codec; what was given out never changes, and the next version is another's."""
+    store, value = store_of(3, 1), [0.0, 0.0]
+    kept: list[tuple[memoryview, bytes]] = []
+    for codec, block in moves:
+        elements = store.nbytes_of(block) // 4
+        if codec is None:
+            value[block] += 1.0
+            store.apply(block, torch.ones(elements), None, (), 1)
+            continue
+        found = store.snapshot(block, codec)
+        assert found.obj is store.snapshot(block, codec).obj
+        assert [value[block]] * elements == pytest.approx(decode(codec, found, elements).tolist())
+        kept.append((found, bytes(found)))
+    assert all(frozen == copy for copy, frozen in kept)
+
+
+@pytest.mark.parametrize("codec", [RAW, INT8])
+def test_memory_that_nobody_reads_is_used_again(codec: int) -> None:
+    """For the next version; what somebody still holds is left alone."""
+    store = store_of(3)
+
+    def address(view: memoryview) -> int:
+        return np.frombuffer(view, np.uint8).ctypes.data
+
+    first = address(store.snapshot(0, codec))
+    store.apply(0, torch.ones(3), None, (), 1)
+    held = store.snapshot(0, codec)
+    assert first == address(held)
+    store.apply(0, torch.ones(3), None, (), 1)
+    assert first != address(store.snapshot(0, codec))
+
+
+def test_no_codec_for_what_is_not_for_one() -> None:
+    """Of another dtype a reader gets the values as they are."""
+    store = Store(lay_out(KINDS, 1), 0)
+
+    assert [8, 32, 8, 8] == [len(store.snapshot(block, BF16)) for block in range(4)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_only_finite_gradients_get_in(dtype: str) -> None:
     """NaN and infinity are refused wherever they stand, and cancel nothing out; finite values get in though their sum is none."""
@@ -111,6 +155,6 @@ def test_a_copy_is_made_for_those_who_have_not_read() -> None:
     for block in range(3):
         store.apply(block, torch.ones(2), None, (), 1)
 
-    assert [0, 0, -1] == [held.copied for held in store._held.values()]
+    assert [[0], [0], []] == [[copy.version for copy in held.copies.values()] for held in store._held.values()]
     assert bytes(8) == waiting.values() == kept
     assert np.ones(2, np.float32).tobytes() == store.shot(0).values()

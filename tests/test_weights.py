@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from cores import floats
 
+from shoal.protocol.codecs import INT8, RAW, TOPK, Codec
+from shoal.protocol.coding import encode
 from shoal.protocol.layout import lay_out
 from shoal.protocol.messages import Fill, Push
 from shoal.protocol.model import ModelSpec, Tensor
@@ -27,7 +29,7 @@ def pushed(worker: int, parts: dict[int, Any], **other: Any) -> Push:
     counts = tuple(len(part[0]) if isinstance(part, tuple) else 0 for part in parts.values()) if ranged else ()
     if ranged:
         buffers.insert(0, np.array([span for part in ranged.values() for span in part[0]], "<u4").tobytes())
-    return replace(Push(worker, 9, 1, 0, True, 1.0, (), 0, tuple(parts), counts, False, tuple(buffers)), **other)
+    return replace(Push(worker, 9, 1, 0, True, 1.0, (), 0, 0, tuple(parts), counts, False, tuple(buffers)), **other)
 
 
 @pytest.fixture
@@ -72,6 +74,13 @@ def test_a_push_is_applied_by_its_groups_rules(weights: Weights) -> None:
     assert (3, 2 + 2 * 3) == (weights.updates, weights.store.version)
 
 
+def coded(number: int, *gradients: Any, fraction: float = 0.5) -> dict[str, Any]:
+    """The fields of a push of blocks 0, 1, … in a codec; bytes are taken as they are."""
+    codec = Codec(number, fraction)
+    buffers = (g if isinstance(g, bytes) else bytes(encode(codec, np.array(g, np.float32))) for g in gradients)
+    return {"codec": number, "blocks": tuple(range(len(gradients))), "ranges": (), "buffers": tuple(buffers)}
+
+
 BAD: dict[str, tuple[str, dict[int, Any], dict[str, Any]]] = {
     "a foreign block": ("shape", {0: [1, 1], 7: [1]}, {}),
     "too short": ("shape", {0: [1, 1], 1: [1]}, {}),
@@ -87,6 +96,15 @@ BAD: dict[str, tuple[str, dict[int, Any], dict[str, Any]]] = {
     "too few numbers": ("shape", {0: [1, 1]}, {"hyper": ((0.5,), ())}),
     "numbers for a rule without": ("shape", {0: [1, 1], 1: [1, 1, 1]}, {"hyper": (LR, (1.0,))}),
     "another flag": ("shape", {0: [1, 1]}, {"hyper": ((*LR[:5], 1.0), ())}),
+    "a codec's wrong length": ("shape", {}, coded(INT8, [1, 1], floats(1, 1, 1))),
+    "a codec's wrong index": ("shape", {}, coded(TOPK, [1, 1], np.array([3, 0], "<u4").tobytes())),
+    "a codec's NaN": ("nonfinite", {}, coded(INT8, [1, 1], [1, np.nan, 1])),
+    "a codec of a foreign block": ("shape", {}, coded(INT8, [1, 1], [1]) | {"blocks": (0, 7)}),
+    "a codec of ranges out of the block": (
+        "shape",
+        {},
+        {"codec": INT8, "blocks": (1,), "ranges": (1,), "buffers": (np.array([1, 4], "<u4").tobytes(), bytes(7))},
+    ),
     "an infinite learning rate": ("shape", {0: [1, 1]}, {"hyper": ((np.inf, *LR[1:]), ())}),
 }
 
@@ -164,3 +182,43 @@ def test_a_step_that_does_not_end_is_bounded(weights: Weights, monkeypatch: pyte
     weights.close_step()
 
     assert [-4.0, -4.0] == values(weights)[0]
+
+
+def test_a_push_in_a_codec_is_read_as_any(weights: Weights) -> None:
+    """At once and in a step's average, whole or in ranges; what is kept for a step is what it holds, not what has travelled."""
+    weights.apply(pushed(1, {}, **coded(INT8, [127, -254], [0, 1, 0])), 1)
+    assert [[1 - 128, 1 + 254], [0, 1, 0]] == values(weights)
+    spans = np.array([[0, 1], [2, 3]], "<u4").tobytes()
+    payload = bytes(encode(Codec(TOPK, 0.5), np.array([3, 9], np.float32)))
+    weights.apply(pushed(1, {}, codec=TOPK, blocks=(1,), ranges=(2,), buffers=(spans, payload)), 1)
+    assert [0, 1, 9] == values(weights)[1]
+
+    push = pushed(1, {}, **coded(TOPK, [0, 5], [0, 0, 2]))
+    weights.collect(push)
+    (kept,) = weights._collected[1]
+    assert (RAW, 8 + 12) == (kept.codec, sum(map(len, kept.buffers)))
+    weights.contribute(push, 0)
+    weights.close_step()
+    assert [[-127, 250], [0, 1, 11]] == values(weights)
+
+
+def test_what_a_message_decodes_to_is_bounded(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes of topk name whole blocks: of those a message has no more than if it were raw, or one (SPEC §12.10)."""
+    monkeypatch.setattr("shoal.ps.weights.PART_BYTES", 8)
+    with pytest.raises(Misfit, match="before its codec") as refused:
+        weights.apply(pushed(1, {}, **coded(TOPK, [0, 5], [0, 0, 2])), 1)
+    assert "shape" == refused.value.code
+    weights.apply(pushed(1, {}, codec=TOPK, blocks=(1,), buffers=(bytes(4) + floats(7),)), 1)
+
+    assert [[1, 1], [7, 0, 0]] == values(weights)
+
+
+@pytest.mark.parametrize("span", [(0, 2**32 - 1), (2, 1), (0, 4)])
+def test_no_memory_is_taken_for_ranges_that_cannot_be(
+    weights: Weights, monkeypatch: pytest.MonkeyPatch, span: tuple[int, int]
+) -> None:
+    """Eight bytes of topk may not ask for sixteen gigabytes: ranges are looked at before anything is decoded."""
+    monkeypatch.setattr("shoal.ps.weights.decode", None)
+    buffers = (np.array(span, "<u4").tobytes(), bytes(8))
+    with pytest.raises(Misfit, match="the range"):
+        weights.apply(pushed(1, {}, codec=TOPK, blocks=(1,), ranges=(1,), buffers=buffers), 1)

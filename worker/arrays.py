@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from ..protocol.codecs import RAW
+from ..protocol.coding import decode
 from ..protocol.errors import NonFiniteError, ShapeError
 from ..protocol.layout import Block, Layout, Piece
 from ..protocol.messages import Buffer
@@ -185,11 +187,18 @@ class Cache:
         block = self.layout.blocks[index]
         return self._flats[block.flat][block.start : block.stop].copy().data.cast("B")
 
-    def load(self, index: int, payload: Buffer) -> None:
-        """A block's values, which a pull has brought."""
+    def load(self, index: int, payload: Buffer, codec: int = RAW) -> None:
+        """A block's values, which a pull has brought.
+
+        Raises:
+            ProtocolError: the payload is none of this codec.
+        """
         block = self.layout.blocks[index]
         target = self._flats[block.flat][block.start : block.stop]
-        target[...] = np.frombuffer(payload, target.dtype)
+        if codec == RAW:
+            target[...] = np.frombuffer(payload, target.dtype)
+        else:
+            decode(codec, payload, block.elements, target, sys.modules.get("torch"))
 
     def shards(self, names: Iterable[str] | None = None) -> dict[int, tuple[int, ...]]:
         """Which blocks of which shards hold these tensors; an empty tuple for all blocks of a shard."""
@@ -220,6 +229,8 @@ class Gather:
         self._flats = _flats(cache.layout, region)
         self.views: dict[str, Array] = {}
         """Arrays that a caller may write its gradients to, by name, instead of having them copied."""
+        self.encoded: dict[int, Bits] = {}
+        """By block, memory for what is encoded of it."""
         self._spans: dict[int, list[tuple[int, int]]] = {}
         self._names: tuple[str, ...] = ()
         self._parts: tuple[Part, ...] | None = None

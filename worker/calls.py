@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from ..protocol.codecs import RAW
 from ..protocol.messages import Buffer, Buffers
 
 
@@ -36,12 +37,13 @@ class RegisterCalled:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What goes to one shard in one message: blocks of it, whole or in ranges (SPEC §7)."""
+    """What goes to one shard in one message: blocks of it, whole or in ranges (SPEC §7), in a codec (SPEC §12)."""
 
     shard: int
     blocks: tuple[int, ...]
     ranges: tuple[int, ...]
     buffers: Buffers
+    codec: int = RAW
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +99,17 @@ class PullCalled:
         blocks: by shard; an empty tuple means all blocks of that shard.
         held: by shard, the incarnation and version that the caller has all blocks of.
         region: where shards of this machine may write them; 0: nowhere.
-        sink: takes each block that comes in a buffer, as it comes, though the pull may fail yet; None: the answer has them.
+        sink: takes each block that comes in a buffer, and the codec that it is in, as it comes, though the pull may fail yet; None:
+            the answer has them. Raises ProtocolError for what cannot be decoded.
+        codec: what is to travel in; only with a sink.
     """
 
     ticket: int
     blocks: Mapping[int, tuple[int, ...]]
     held: Mapping[int, tuple[int, int]]
     region: int = 0
-    sink: Callable[[int, Buffer], None] | None = None
+    sink: Callable[[int, Buffer, int], None] | None = None
+    codec: int = RAW
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ..protocol.codecs import Codec
 from ..protocol.errors import (
     ConfigError,
     NonFiniteError,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 60.0
 WAIT_TIMEOUT = 600.0
 CLOSE_TIMEOUT = 10.0
+RAW_CODEC = Codec()
 MOST_LOGGED = 256
 
 
@@ -61,6 +63,7 @@ class Worker:
         timeout: seconds to find the servers in.
         wait_timeout: seconds after which any other call ends in `WaitTimeout`, unless it says otherwise.
         transport: `shm` shares memory with the servers, which must be on this machine; `tcp` does not; `auto` where it can be.
+        push_codec, pull_codec: what travels to and from servers of other machines is in these; raw by default.
 
     Raises:
         NoServerError: nobody answers at the address in time.
@@ -77,6 +80,8 @@ class Worker:
         timeout: float = CONNECT_TIMEOUT,
         wait_timeout: float = WAIT_TIMEOUT,
         transport: str = "auto",
+        push_codec: Codec = RAW_CODEC,
+        pull_codec: Codec = RAW_CODEC,
     ) -> None:
         host = socket.gethostname()
         self.name = _checked_name(name) or f"{host[:64]}-{os.getpid()}-{os.urandom(2).hex()}"
@@ -85,7 +90,7 @@ class Worker:
         who = (self.name, attempt, host, os.getpid())
         self._core = Core(Place(0, 0, address.host, address.port, key), who, _random)
         self._loop = Loop(self._core, address.secret, wait_timeout)
-        self._exchange = Exchange(self._loop, self._core.stats, transport)
+        self._exchange = Exchange(self._loop, self._core.stats, transport, push_codec, pull_codec)
         self._buffers = Buffers(self._exchange)
         self._examples = 0.0
         self._step_examples: list[float] = []
@@ -280,7 +285,7 @@ class Worker:
         weight = self._step_weight(examples)
         try:
             gather.put(arrays, check=True)
-            parts = gather.parts()
+            parts = self._exchange.parts(gather, self._core.incarnation)
         except NonFiniteError:
             gathers.append((_done_ticket(self._loop), gather))
             if not skip:

@@ -17,10 +17,13 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 
+from ..protocol.codecs import RAW, Codec
 from ..protocol.errors import ConfigError, ServerLost, ShoalError, WaitTimeout
 from ..protocol.layout import Layout
 from . import calls
 from .arrays import Array, Cache, Gather, Template, bits
+from .calls import Part
+from .encoder import Encoder
 from .loop import Loop, Ticket
 from .region import Region
 from .stats import Stats
@@ -42,15 +45,20 @@ class Exchange:
 
     Args:
         transport: `auto`, `tcp` (share nothing) or `shm` (share with every shard, or refuse).
+        push_codec, pull_codec: what travels as bytes is in these (SPEC §12).
 
     Raises:
         ConfigError: another transport.
     """
 
-    def __init__(self, loop: Loop, stats: Stats, transport: str) -> None:
+    def __init__(self, loop: Loop, stats: Stats, transport: str, push_codec: Codec, pull_codec: Codec) -> None:
         if transport not in TRANSPORTS:
             raise ConfigError(f"SHOAL_TRANSPORT is {transport!r}", hint=f"one of {', '.join(TRANSPORTS)}")
         self._loop, self._stats, self._transport = loop, stats, transport
+        self._push_codec, self._pull_codec = push_codec, pull_codec
+        self._encoder: Encoder | None = None
+        self._near: frozenset[int] = frozenset()
+        """The shards that share memory."""
         self.cache: Cache | None = None
         self._spare: Cache | None = None
         """What `prefetch` brings up to date; then the two change places."""
@@ -60,11 +68,10 @@ class Exchange:
         """Those that were pushed, oldest first, with the push."""
         self.lent: Gather | None = None
         """The vectors that the caller may be writing its next gradients to."""
-        self.remote: frozenset[int] = frozenset()
-        """The shards with which memory is not shared: to them gradients travel."""
         self._cache_lock = threading.Lock()
         self._fetch_lock = threading.RLock()
         self._gather_lock = threading.Lock()
+        self._encoder_lock = threading.Lock()
         self._sharing = transport != "tcp"
 
     # --- registering
@@ -78,6 +85,8 @@ class Exchange:
                     cache.set(name, array)
                 first.clear()
                 self.cache = cache
+                if self._push_codec.number != RAW:
+                    self._encoder = Encoder(self._push_codec, layout)
             return self.cache
 
     def registered(self, templates: dict[str, Template]) -> None:
@@ -88,13 +97,11 @@ class Exchange:
         """
         assert self.cache is not None
         self.templates = templates
-        self.remote = frozenset(self.cache.shards())
         if self.cache.region is None:
             return
         refusals = self._offer(self.cache.region)
-        if -1 not in refusals:
-            self.remote = frozenset(shard for shard, why in refusals.items() if why)
-        if all(refusals.values()):
+        self._near = frozenset(shard for shard, why in refusals.items() if not why)
+        if not self._near:
             self._sharing = False
         if self._transport == "shm" and any(refusals.values()):
             shard, why = next((shard, why) for shard, why in refusals.items() if why)
@@ -137,6 +144,13 @@ class Exchange:
                 owner.region.close()
         self.gathers.clear()
         self.lent = None
+
+    @property
+    def remote(self) -> frozenset[int]:
+        """The shards to which gradients travel as they are: what is encoded is encoded whole, at the end of a step."""
+        if self.cache is None or self._encoder is not None:
+            return frozenset()
+        return frozenset(self.cache.shards()) - self._near
 
     # --- pulling
 
@@ -188,8 +202,8 @@ class Exchange:
             self._fetch_lock.release()
 
     def _ask(self, cache: Cache, names: Iterable[str] | None) -> Ticket:
-        region = cache.region.number if cache.region else 0
-        return self._loop.call(calls.PullCalled, cache.shards(names), dict(cache.held), region, cache.load)
+        region, codec = cache.region.number if cache.region else 0, self._pull_codec.number
+        return self._loop.call(calls.PullCalled, cache.shards(names), dict(cache.held), region, cache.load, codec)
 
     def _pulled(self, ticket: Ticket, cache: Cache, timeout: float | None) -> calls.Pulled:
         try:
@@ -239,6 +253,14 @@ class Exchange:
         with contextlib.suppress(ShoalError):
             self._loop.tell(calls.EarlyCalled(self.lent.whole(blocks), self.lent.number))
             self._loop.glance()
+
+    def parts(self, gather: Gather, incarnation: int) -> tuple[Part, ...]:
+        """What was put in, as messages to shards, for this life of the worker: encoded where it travels."""
+        parts = gather.parts()
+        if self._encoder is None:
+            return parts
+        with self._encoder_lock:
+            return self._encoder.encode(parts, self._near if gather.region else (), incarnation, gather.encoded)
 
     def _free(self, timeout: float | None) -> Gather:
         """Vectors that no unacknowledged push needs; waits if too much is under way."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from math import inf
 
-from ..protocol.errors import ServerLost, ShapeError
+from ..protocol.codecs import RAW, size
+from ..protocol.errors import ProtocolError, ServerLost, ShapeError
 from ..protocol.layout import Layout
 from ..protocol.messages import (
     Ack,
@@ -38,7 +39,7 @@ from .failures import lost_error, refusal
 from .link import Link, Read
 from .offers import Offers
 from .outgoing import Outgoing
-from .parts import in_region, packed, without
+from .parts import in_region, packed
 from .stats import Stats
 
 RETRY = 1.0
@@ -154,15 +155,12 @@ class Fleet:
         for index in self.participants() if call.advance else by_shard:
             link = self.links[index]
             parts, early = by_shard.get(index, []), False
-            if call.advance and link.early:
-                early = call.early and not link.early_twice and not any(part.ranges for part in parts)
-                if early:
-                    parts = [left for part in parts if (left := without(part, link.early)) is not None]
-                link.early.clear()
-                link.early_twice = False
+            if call.advance:
+                parts, early = link.end_step(parts, call.early)
             parts = parts or [Part(index, (), (), ())]
             self._stats.bytes_pushed += sum(sum(map(len, part.buffers)) for part in parts)
-            region = call.region if link.shares(call.region) else 0
+            encoded = any(part.codec for part in parts)
+            region = call.region if link.shares(call.region) and not encoded else 0
             if region:
                 parts = in_region(parts)
             for number, part in enumerate(parts, 1):
@@ -175,6 +173,7 @@ class Fleet:
                     call.examples,
                     call.hyper,
                     region,
+                    part.codec,
                     part.blocks,
                     part.ranges,
                     early and number == len(parts),
@@ -198,9 +197,8 @@ class Fleet:
             if not self.running or link is None or not link.started or link.shares(call.region):
                 continue
             head = (self._incarnation, link.shard, link.outbox.next, self._stats.clock)
-            link.outbox.add(Push(*head, False, 0.0, (), 0, part.blocks, (), True, part.buffers))
-            link.early_twice |= not link.early.isdisjoint(part.blocks)
-            link.early.update(part.blocks)
+            link.outbox.add(Push(*head, False, 0.0, (), 0, RAW, part.blocks, (), True, part.buffers))
+            link.left_early(part.blocks)
             size = sum(map(len, part.buffers))
             self._stats.bytes_pushed += size
             self._stats.bytes_early += size
@@ -311,13 +309,20 @@ class Fleet:
     def _take(self, pulling: _Pulling, values: Values) -> str:
         """Blocks go where the pull wants them. Returns what is wrong with them."""
         assert self.layout is not None
-        known = self.layout.blocks
+        known, sink = self.layout.blocks, pulling.call.sink
         for block, buffer in zip_longest(values.blocks, values.buffers):
-            if block >= len(known) or (buffer is not None and len(buffer) != known[block].nbytes):
+            if block >= len(known):
                 return f"a block {block} that does not fit the model"
-            self._stats.bytes_pulled += known[block].nbytes
-            if buffer is not None and pulling.call.sink is not None:
-                pulling.call.sink(block, buffer)
+            codec = values.codec if self.layout.coded[block] else RAW
+            nbytes = size(codec, known[block].elements) if codec else known[block].nbytes
+            if buffer is not None and (len(buffer) != nbytes or (codec and sink is None)):
+                return f"a block {block} that does not fit the model"
+            self._stats.bytes_pulled += nbytes
+            if buffer is not None and sink is not None:
+                try:
+                    sink(block, buffer, codec)
+                except ProtocolError as error:
+                    return f"a block {block} that cannot be read: {error.what}"
             elif buffer is not None:
                 pulling.blocks[block] = buffer
         return ""
@@ -430,7 +435,7 @@ class Fleet:
             pulling.open.add(index)
             held = pulling.call.held.get(index, (0, 0))
             self.links[index].reads[self._requests] = Read(
-                pulling.call.ticket, pulling.clock, blocks, held, pulling.call.region
+                pulling.call.ticket, pulling.clock, blocks, held, pulling.call.region, pulling.call.codec
             )
             self._ask(self.links[index], self._requests, now)
 

@@ -7,6 +7,7 @@ Rules
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
 
@@ -17,7 +18,9 @@ from ..protocol.messages import (
     Values,
 )
 from ..protocol.records import Place
+from .calls import Part
 from .outbox import Outbox
+from .parts import without
 
 
 @dataclass(slots=True)
@@ -29,6 +32,7 @@ class Read:
     blocks: tuple[int, ...]
     held: tuple[int, int]
     region: int = 0
+    codec: int = 0
     into: int = 0
     """The region that this life of the shard was asked to write to. A repeated request must not name another: the answer to the
     first may be under way, and what is written after it nobody waits for."""
@@ -111,7 +115,26 @@ class Link:
             read.into = read.region if self.shares(read.region) else 0
         read.sent_at = now
         since = read.held[1] if read.held[0] == self.shard else 0
-        return Pull(incarnation, self.shard, request, read.clock, read.after, since, read.into, read.blocks)
+        head = (incarnation, self.shard, request, read.clock, read.after, since, read.into, read.codec)
+        return Pull(*head, read.blocks)
+
+    def left_early(self, blocks: Iterable[int]) -> None:
+        """These blocks of the step that is being made were sent."""
+        self.early_twice |= not self.early.isdisjoint(blocks)
+        self.early.update(blocks)
+
+    def end_step(self, parts: list[Part], unchanged: bool) -> tuple[list[Part], bool]:
+        """What of a step's parts is still to be sent, and whether what left early counts.
+
+        Args:
+            unchanged: it is what these parts say.
+        """
+        counts = bool(self.early) and unchanged and not self.early_twice and not any(part.ranges for part in parts)
+        if counts:
+            parts = [left for part in parts if (left := without(part, self.early)) is not None]
+        self.early.clear()
+        self.early_twice = False
+        return parts, counts
 
     def shares(self, region: int) -> bool:
         """Has this life of the shard taken the region?"""
