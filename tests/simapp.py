@@ -179,7 +179,8 @@ class App:
         for part in parts:
             if random.random() < 0.7:
                 buffer = bytes(part.buffers[0]) if right else np.full(ELEMENTS, 7.0, np.float32).tobytes()
-                self._give(calls.EarlyCalled((calls.Part(part.shard, part.blocks, (), (buffer,)),), region))
+                codec = part.codec if right else RAW
+                self._give(calls.EarlyCalled((calls.Part(part.shard, part.blocks, (), (buffer,), codec),), region))
         return right
 
     def _lost(self, update: Update, error: Exception) -> None:

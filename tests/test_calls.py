@@ -11,7 +11,7 @@ from shoal.worker import calls
 from shoal.worker.core import _CALLS
 
 KINDS: tuple[type[Any], ...] = get_args(calls.Call)
-QUIET = (calls.PauseCalled, calls.DoneCalled, calls.LogCalled, calls.UnshareCalled, calls.Cancelled)
+QUIET = (calls.EarlyCalled, calls.PauseCalled, calls.DoneCalled, calls.LogCalled, calls.UnshareCalled, calls.Cancelled)
 
 
 def test_the_core_takes_every_call() -> None:

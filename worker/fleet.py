@@ -197,7 +197,7 @@ class Fleet:
             if not self.running or link is None or not link.started or link.shares(call.region):
                 continue
             head = (self._incarnation, link.shard, link.outbox.next, self._stats.clock)
-            link.outbox.add(Push(*head, False, 0.0, (), 0, RAW, part.blocks, (), True, part.buffers))
+            link.outbox.add(Push(*head, False, 0.0, (), 0, part.codec, part.blocks, (), True, part.buffers))
             link.left_early(part.blocks)
             size = sum(map(len, part.buffers))
             self._stats.bytes_pushed += size

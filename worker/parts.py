@@ -30,8 +30,10 @@ def without(part: Part, blocks: Collection[int]) -> Part | None:
     kept = [at for at, block in enumerate(part.blocks) if block not in blocks]
     if len(kept) == len(part.blocks) or part.ranges:
         return part
-    found = Part(part.shard, tuple(part.blocks[at] for at in kept), (), tuple(part.buffers[at] for at in kept))
-    return found if kept else None
+    if not kept:
+        return None
+    buffers = tuple(part.buffers[at] for at in kept)
+    return Part(part.shard, tuple(part.blocks[at] for at in kept), (), buffers, part.codec)
 
 
 def in_region(parts: Sequence[Part]) -> list[Part]:
