@@ -354,6 +354,8 @@ class Push:
     """Where the gradients are; 0: in the buffers."""
     blocks: Indices
     ranges: Indices
+    seen: U64
+    """The version of this shard that the gradients were computed on; 0: none that is known (SPEC §12.1)."""
     buffers: Buffers
 
 

@@ -230,7 +230,8 @@ class Shard:
     def _report(self) -> None:
         if self._welcomed:
             digest = self._weights.layout.digest if self._weights else ""
-            self.counters["updates"] = self._weights.updates if self._weights else 0
+            if self._weights:
+                self.counters |= self._weights.counters
             counters = tuple((name, float(value)) for name, value in sorted(self.counters.items()))
             self._send(
                 COORDINATOR,
@@ -464,6 +465,8 @@ class Shard:
             self.counters["rejected.malformed"] += 1
             return self._send(peer, Refused(pull.request, "shape", "a block that is not on this shard"))
         shown = self._shared.answer(pull, self.incarnation, self._weights, self._clocks.min)
+        if not self._sync and pull.incarnation in self._clocks:
+            self._weights.read(pull.incarnation, pull.blocks, shown.version if shown else store.version)
         if shown:
             return self._send(peer, shown)
         self._out.append(Stream(peer, in_buffers(pull, self.incarnation, store, self._clocks.min, self.counters)))

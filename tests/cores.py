@@ -141,11 +141,18 @@ class ShardBench(Bench):
             self.do(m.Start, worker, 0)
 
     def push(
-        self, worker: int, clock: int, *values: float, advance: bool = True, examples: float = 1.0, hyper: Any = ()
+        self,
+        worker: int,
+        clock: int,
+        *values: float,
+        advance: bool = True,
+        examples: float = 1.0,
+        hyper: Any = (),
+        seen: int = 0,
     ) -> list[Any]:
         """A gradient of block 0, or none."""
         blocks, buffers = ((0,), (floats(*values),)) if values else ((), ())
-        return self.do(m.Push, worker, clock, advance, examples, hyper, 0, blocks, (), buffers)
+        return self.do(m.Push, worker, clock, advance, examples, hyper, 0, blocks, (), seen, buffers)
 
     def pull(self, worker: int, clock: int = 0, after: int = 0, since: int = 0, blocks: Any = ()) -> list[Any]:
         self.requests += 1

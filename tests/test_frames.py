@@ -266,8 +266,8 @@ def test_a_number_that_is_for_people_may_be_nan() -> None:
     assert math.isnan(found.stats[0][1])
     for message in (
         m.ShardWelcome(1, 2, 3, math.nan),
-        m.Push(1, 2, 3, 4, True, math.nan, (), 0, (), (), ()),
-        m.Push(1, 2, 3, 4, True, 1.0, ((math.nan,),), 0, (), (), ()),
+        m.Push(1, 2, 3, 4, True, math.nan, (), 0, (), (), 0, ()),
+        m.Push(1, 2, 3, 4, True, 1.0, ((math.nan,),), 0, (), (), 0, ()),
     ):
         with pytest.raises(ProtocolError):
             decode(encode(message))
@@ -279,7 +279,7 @@ def test_ranges_that_do_not_fit_the_blocks_are_refused(ranges: tuple[int, ...]) 
     buffers = tuple(bytes(8) for _ in range(3))
 
     with pytest.raises(ProtocolError) as refused:
-        decode(encode(m.Push(1, 2, 3, 4, True, 1.0, (), 0, (7, 8), ranges, buffers)))
+        decode(encode(m.Push(1, 2, 3, 4, True, 1.0, (), 0, (7, 8), ranges, 0, buffers)))
     assert "malformed" == refused.value.reason
 
 

@@ -109,7 +109,7 @@ class Sharing(ShardBench):
     def shared_push(self, clock: int, **other: Any) -> list[Any]:
         ranges, buffers = other.get("ranges", ()), other.get("buffers", ())
         return self.do(
-            m.Push, 1, clock, True, 1.0, (), other.get("region", 1), other.get("blocks", (0,)), ranges, buffers
+            m.Push, 1, clock, True, 1.0, (), other.get("region", 1), other.get("blocks", (0,)), ranges, 0, buffers
         )
 
     def shared_pull(self, request: int, region: int = 1) -> m.Values:

@@ -157,7 +157,7 @@ def test_an_update_is_applied_once(order: list[int], more: list[int]) -> None:
     seen: set[int] = set()
     for number in [*more, *order, *more, *sorted(order)]:
         value = float(2**number)
-        push = m.Push(2, SHARD, number, 0, False, 1.0, (), 0, (0,), (), (floats(-value, 0.0),))
+        push = m.Push(2, SHARD, number, 0, False, 1.0, (), 0, (0,), (), 0, (floats(-value, 0.0),))
         ack = only(m.Ack, bench.hear(peer_of(2), push))
         before = next(n for n in range(9) if n + 1 not in seen)
         seen |= {number} if number == before + 1 else set()

@@ -167,6 +167,7 @@ class Fleet:
                     region,
                     part.blocks,
                     part.ranges,
+                    link.seen(part.blocks),
                     part.buffers,
                 )
                 link.outbox.add(push, call.ticket)
@@ -273,6 +274,7 @@ class Fleet:
             return
         del link.reads[values.request]
         pulling.versions[link.place.index] = (link.shard, values.version)
+        link.has_read(read.blocks, values.version)
         pulling.min_clock = min(pulling.min_clock, values.min_clock)
         pulling.open.discard(link.place.index)
         if not pulling.open:

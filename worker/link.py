@@ -71,6 +71,8 @@ class Link:
         self.entered: int | None = None
         """The least clock that the shard answered to it."""
         self.started = self.filled_by_us = False
+        self._read_all, self._read = 0, dict[int, int]()
+        """The version as of which all blocks were read last, and the blocks of which some newer one was."""
         self.shared: dict[int, str] = {}
         """By region, why the shard does not share it, or ""."""
         self.offered: dict[int, float] = {}
@@ -108,6 +110,19 @@ class Link:
         read.sent_at = now
         since = read.held[1] if read.held[0] == self.shard else 0
         return Pull(incarnation, self.shard, request, read.clock, read.after, since, read.into, read.blocks)
+
+    def has_read(self, blocks: tuple[int, ...], version: int) -> None:
+        """A pull has brought these blocks (none: all) as of `version`."""
+        if blocks:
+            self._read |= dict.fromkeys(blocks, version)
+        else:
+            self._read_all, self._read = version, {}
+
+    def seen(self, blocks: tuple[int, ...]) -> int:
+        """The least version that one of these blocks was read at; 0: not from this life of the shard (SPEC §12.1)."""
+        if not self._read:
+            return self._read_all
+        return min((self._read.get(block, self._read_all) for block in blocks), default=self._read_all)
 
     def shares(self, region: int) -> bool:
         """Has this life of the shard taken the region?"""

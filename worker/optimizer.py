@@ -18,6 +18,7 @@ import torch
 
 from ..protocol.errors import ConfigError, ServerLost, WorkerEvicted
 from ..protocol.rules import FLAGS, RULES, Rule
+from ..protocol.stale import Stale
 from .arrays import Array
 from .views import Views
 
@@ -46,7 +47,9 @@ class Optimizer(torch.optim.Optimizer):
     # GradScaler then calls `step` always, and says in `found_inf` whether the step is to be skipped.
     _step_supports_amp_scaling = True
 
-    def __init__(self, worker: Worker, optimizer: torch.optim.Optimizer, model: torch.nn.Module, buffers: str) -> None:
+    def __init__(
+        self, worker: Worker, optimizer: torch.optim.Optimizer, model: torch.nn.Module, buffers: str, stale: Stale
+    ) -> None:
         if isinstance(optimizer, Optimizer):
             raise ConfigError("this optimizer is wrapped already")
         if buffers not in _BUFFERS:
@@ -71,17 +74,17 @@ class Optimizer(torch.optim.Optimizer):
                 "the state that %s has gathered stays here; the servers begin with fresh state",
                 type(optimizer).__name__,
             )
-        self._register()
+        self._register(stale)
         self._ready = True
 
-    def _register(self) -> None:
+    def _register(self, stale: Stale) -> None:
         groups = {name: number for number, group in enumerate(self.param_groups) for name in self._names_of(group)}
         arrays: dict[str, tuple[Array, int]] = {name: (self._params[name], groups[name]) for name in groups}
         rules = self._rules or tuple(Rule("delta") for _ in self.param_groups)
         if self._averaged:
             arrays |= {name: (buffer, len(rules)) for name, buffer in self._averaged.items()}
             rules = (*rules, Rule("mean"))
-        self._worker._register(arrays, rules, None)
+        self._worker._register(arrays, rules, None, stale)
         # Only where nobody steps here: a delta is told from what was pulled, and buffers change in forward passes.
         self._views = Views(
             self._worker, self._params if self._rules else {}, self._averaged if self._rules else self._all()
