@@ -211,9 +211,9 @@ def pushpull(sizes: str, repeat: int, shards: int, as_json: bool) -> int:
 @click.option(
     "--repeat", default=3, show_default=True, type=click.IntRange(1), help="Races of each way, with other seeds."
 )
-@click.option("--lr", default=0.1, show_default=True, help="Learning rate of the bounds.")
+@click.option("--lr", default=0.2, show_default=True, help="Learning rate of the bounds.")
 @click.option(
-    "--rates", default="0.1,0.4,1.6", show_default=True, metavar="LR,…", help="Learning rates of the remedies."
+    "--rates", default="0.2,0.4,0.8", show_default=True, metavar="LR,…", help="Learning rates of the remedies."
 )
 @click.option("--target", default=0.2, show_default=True, help="Loss to reach.")
 @click.option("--plot", default="", metavar="FILE", help="Draw it, to FILE.png and FILE.svg.")

@@ -36,7 +36,8 @@ def show(report: dict[str, Any]) -> None:
             f"Python {machine['python']}, torch {machine['torch']}, pyzmq {machine['pyzmq']} (libzmq {machine['libzmq']}), "
             f"shoal {machine['shoal']}\n"
             f"1 shard; a step takes {plan['compute'] * 1e3:g} ms of emulated computing, "
-            f"the last worker's {plan['slow']:g} times that; races of {plan['seconds']:g} s, medians of {plan['repeat']}; target loss {plan['target']:g}\n"
+            f"the last worker's {plan['slow']:g} times that;\n"
+            f"races of {plan['seconds']:g} s, medians of {plan['repeat']}; target loss {plan['target']:g}\n"
         )
     )
     head: tuple[str, ...]

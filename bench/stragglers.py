@@ -56,7 +56,7 @@ PARTS = ("bounds", "remedies")
 BOUNDS = ("0", "1", "3", "8", "inf", "sync", "ddp")
 REMEDIES: dict[str, Any] = {"none": None, "scale": "scale", "compensate": [0.04, 0.0], "adaptive": [2.0, 1.0]}
 """As orders say them. The numbers are the paper's."""
-RATES = (0.1, 0.4, 1.6)
+RATES = (0.2, 0.4, 0.8)
 REPORTED = 3.0
 """Seconds for a shard's last report of its counters to arrive."""
 
@@ -71,7 +71,7 @@ class Plan:
     slow: float = 4.0
     seconds: float = 4.0
     repeat: int = 3
-    lr: float = 0.1
+    lr: float = 0.2
     rates: tuple[float, ...] = RATES
     target: float = 0.2
 
