@@ -205,17 +205,17 @@ def pushpull(sizes: str, repeat: int, shards: int, as_json: bool) -> int:
 @bench.command()
 @click.option("--workers", default="2,4", show_default=True, metavar="N,…", help="How many workers, 2 to 4.")
 @click.option("--only", type=click.Choice(["bounds", "remedies"]), help="One part; both by default.")
-@click.option("--compute", default=5.0, show_default=True, help="Emulated computing of a step, in milliseconds.")
+@click.option("--compute", default=10.0, show_default=True, help="Emulated computing of a step, in milliseconds.")
 @click.option("--slow", default=4.0, show_default=True, help="How much slower the last worker is.")
-@click.option("--seconds", default=4.0, show_default=True, help="Of a race.")
+@click.option("--seconds", default=6.0, show_default=True, help="Of a race.")
 @click.option(
     "--repeat", default=3, show_default=True, type=click.IntRange(1), help="Races of each way, with other seeds."
 )
 @click.option("--lr", default=0.2, show_default=True, help="Learning rate of the bounds.")
 @click.option(
-    "--rates", default="0.2,0.4,0.8", show_default=True, metavar="LR,…", help="Learning rates of the remedies."
+    "--rates", default="0.2,0.6,0.8", show_default=True, metavar="LR,…", help="Learning rates of the remedies."
 )
-@click.option("--target", default=0.2, show_default=True, help="Loss to reach.")
+@click.option("--target", default=0.3, show_default=True, help="Loss to reach.")
 @click.option("--plot", default="", metavar="FILE", help="Draw it, to FILE.png and FILE.svg.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def stragglers(workers: str, only: str | None, rates: str, plot: str, as_json: bool, **given: Any) -> int:

@@ -12,6 +12,7 @@ Rules
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -53,6 +54,8 @@ class Racer:
     def __init__(self, number: int) -> None:
         self.number = number
         self.x, self.y = dataset()
+        self._modules: list[torch.nn.Module] = []
+        """Kept to the end: gloo's threads and the collector of a DDP module can wait for each other for ever."""
         self.arithmetic = self._time_arithmetic()
         """Seconds of a step's own forward and backward pass, which are part of what is emulated."""
 
@@ -88,6 +91,7 @@ class Racer:
         with ExitStack() as stack:
             way = _shoal if order["way"] == "shoal" else _ddp
             module, finish, staleness = way(self.number, net, order, stack)
+            self._modules.append(module)
             kept: list[tuple[float, list[torch.Tensor]]] = []
             begun, steps = time.perf_counter(), 0
             batches = torch.Generator().manual_seed(1000 * order["seed"] + self.number)
@@ -151,6 +155,7 @@ def main(number: int) -> None:
     racer = Racer(number)
     for line in sys.stdin:
         print(json.dumps(racer.race(json.loads(line))), flush=True)
+    os._exit(0)  # see `Racer._modules`
 
 
 if __name__ == "__main__":

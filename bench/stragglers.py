@@ -54,9 +54,15 @@ from .pushpull import machine
 WORKERS = (2, 3, 4)
 PARTS = ("bounds", "remedies")
 BOUNDS = ("0", "1", "3", "8", "inf", "sync", "ddp")
-REMEDIES: dict[str, Any] = {"none": None, "scale": "scale", "compensate": [0.04, 0.0], "adaptive": [2.0, 1.0]}
-"""As orders say them. The numbers are the paper's."""
-RATES = (0.2, 0.4, 0.8)
+REMEDIES: dict[str, Any] = {
+    "none": None,
+    "scale": "scale",
+    "compensate 0.04": [0.04, 0.0],
+    "adaptive 2": [2.0, 1.0],
+    "adaptive 0.5": [0.5, 1.0],
+}
+"""As orders say them. The first two numbers are the paper's, the last suits this model."""
+RATES = (0.2, 0.6, 0.8)
 REPORTED = 3.0
 """Seconds for a shard's last report of its counters to arrive."""
 
@@ -67,13 +73,13 @@ class Plan:
 
     workers: tuple[int, ...] = (2, 4)
     parts: tuple[str, ...] = PARTS
-    compute: float = 0.005
+    compute: float = 0.01
     slow: float = 4.0
-    seconds: float = 4.0
+    seconds: float = 6.0
     repeat: int = 3
     lr: float = 0.2
     rates: tuple[float, ...] = RATES
-    target: float = 0.2
+    target: float = 0.3
 
 
 @dataclass(frozen=True, slots=True)
