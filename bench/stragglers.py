@@ -36,7 +36,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -165,11 +165,13 @@ def check(plan: Plan, plot: str) -> None:
             raise BadFlag(f"--{name} must be a number above 0, not {getattr(plan, name):g}")
     if plot and not Path(plot).absolute().parent.is_dir():
         raise BadFlag(f"--plot: there is no folder for {plot!r}")
-    for package in ("sklearn", *(("matplotlib",) if plot else ())):
-        try:
-            __import__(package)
-        except ImportError:
-            raise ConfigError(f"this benchmark needs {package}", hint="pip install 'shoal[bench]'") from None
+    try:
+        import sklearn  # noqa: F401
+
+        if plot:
+            import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"this benchmark needs {error.name}", hint="pip install 'shoal[bench]'") from None
 
 
 def described(plan: Plan) -> dict[str, Any]:
@@ -239,7 +241,8 @@ def racers(count: int) -> Iterator[Racers]:
     finally:
         for process in started:
             assert process.stdin
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # it has ended by itself
+                process.stdin.close()
         for process in started:
             try:
                 process.wait(GRACE)
@@ -297,15 +300,18 @@ def _together(started: Racers, orders: Sequence[dict[str, Any]], seconds: float)
             process.stdin.flush()
     except OSError as error:
         raise ShoalError(f"a racer has ended: {error}") from error
-    deadline, found = time.monotonic() + seconds, []
-    for number, process in enumerate(started):
-        assert process.stdout
-        ready, _, _ = select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-        line = process.stdout.readline() if ready else b""
-        if not line:
-            raise ShoalError(f"racer {number} of {len(started)} does not answer", hint="what it has said is above")
-        found.append(json.loads(line))
-    return found
+    waited_for = {process.stdout: number for number, process in enumerate(started) if process.stdout}
+    deadline = time.monotonic() + seconds
+    found: dict[int, dict[str, Any]] = {}
+    while waited_for:
+        ready, _, _ = select.select(list(waited_for), [], [], max(0.0, deadline - time.monotonic()))
+        lines = [(waited_for.pop(pipe), pipe.readline()) for pipe in ready]
+        ended = [number for number, line in lines if not line] if lines else list(waited_for.values())
+        if ended:  # one that has ended would leave the others waiting
+            said = "has ended" if lines else "does not answer"
+            raise ShoalError(f"racer {ended[0]} of {len(started)} {said}", hint="what it has said is above")
+        found |= {number: json.loads(line) for number, line in lines}
+    return [found[number] for number in range(len(started))]
 
 
 def _delays(cluster: LocalCluster, pushes: int) -> Counter[int]:
