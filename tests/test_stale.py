@@ -230,14 +230,15 @@ def test_what_is_maximized_has_minus_the_gradient() -> None:
     assert down.weights[0] not in (0.0, -4.0)
 
 
-def test_ranges_are_compensated_as_elements_of_their_block() -> None:
-    """The same elements pushed alone come out as in a whole push; the rest stays (§12.4)."""
-    spans = np.array([(0, 1), (3, 5)], "<u4").tobytes()
+def test_ranges_are_compensated_as_elements_of_their_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same elements pushed alone come out as in a whole push, however it is cut up; the rest stays (§12.4)."""
+    monkeypatch.setattr(remedies, "CHUNK", 2)
+    spans = np.array([(0, 1), (2, 5)], "<u4").tobytes()
     benches = [bench_of(Compensate(0.5, adaptive=adaptive), elements=5) for adaptive in (False, False, True, True)]
     for bench, ranged in zip(benches, (True, False) * 2, strict=True):
         seen = read(bench, 1)
-        for g in ((1.0, 2.0, 3.0), (0.5, -1.0, 0.25)):
-            parts = ((3,), (spans, floats(*g))) if ranged else ((), (floats(g[0], 0.0, 0.0, *g[1:]),))
+        for g in ((1.0, 2.0, 3.0, 4.0), (0.5, -1.0, 0.25, 2.0)):
+            parts = ((3,), (spans, floats(*g))) if ranged else ((), (floats(g[0], 0.0, *g[1:]),))
             ranges = (2,) if ranged else ()
             bench.do(m.Push, 1, 0, False, 1.0, (), 0, (0,), ranges, seen, parts[1])
     for ranged, whole in (benches[:2], benches[2:]):
@@ -247,21 +248,25 @@ def test_ranges_are_compensated_as_elements_of_their_block() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_narrow_gradients_are_compensated_in_float32(dtype: str) -> None:
-    """g⊙g of a small float16 would be 0 (§12.4)."""
-    kind = getattr(torch, dtype)
-    bench = bench_of(Compensate(1000.0), SGD(lr=1.0), dtype=dtype, fill=False)
-    bytes_of = lambda *v: torch.tensor(v, dtype=kind).view(torch.uint8).numpy().tobytes()  # noqa: E731
-    bench.do(m.Fill, 1, bench.epoch, (0,), (bytes_of(0.0, 0.0),))
+    """And rounded once, at the end; wide ones stay wide (§12.4)."""
+    kind, size = getattr(torch, dtype), 512
+    wide = torch.float64 if dtype == "float64" else torch.float32
+    bench = bench_of(Compensate(0.5), SGD(lr=1.0), dtype=dtype, elements=size, fill=False)
+    dice = torch.Generator().manual_seed(1)
+    zero, moved, g = (k * torch.randn(size, generator=dice).to(kind) for k in (0, 1, 1))
+
+    def buffers(values: torch.Tensor) -> tuple[bytes, ...]:
+        return (values.view(torch.uint8).numpy().tobytes(),)
+
+    bench.do(m.Fill, 1, bench.epoch, (0,), buffers(zero))
     seen = read(bench, 1)
     read(bench, 2)
-    for worker, g in ((2, (-64.0, 0.0)), (1, (2.0**-13, 0.0))):
-        bench.do(m.Push, worker, 0, False, 1.0, (), 0, (0,), (), seen, (bytes_of(*g),))
+    for worker, gradient in ((2, moved), (1, g)):
+        bench.do(m.Push, worker, 0, False, 1.0, (), 0, (0,), (), seen, buffers(gradient))
 
-    wanted = torch.tensor(64.0, dtype=kind) - torch.tensor(2.0**-13 + 1000 * 2.0**-26 * 64, dtype=torch.float32).to(
-        kind
-    )
-    values = only(m.Values, bench.pull(READER, blocks=(0,))).buffers[0]
-    assert wanted.item() == torch.frombuffer(bytearray(values), dtype=kind)[0].item()
+    wanted = torch.addcmul(g.to(wide), -moved.to(wide) * g.to(wide), g.to(wide), value=0.5).to(kind)
+    found = only(m.Values, bench.pull(READER, blocks=(0,))).buffers[0]
+    assert torch.equal(-moved - wanted, torch.frombuffer(bytearray(found), dtype=kind))
 
 
 def test_what_cannot_be_compensated_is_applied_as_it_came() -> None:
@@ -281,6 +286,9 @@ def test_what_cannot_be_compensated_is_applied_as_it_came() -> None:
     bench.push(1, 0, 0.0, -2.0, seen=newer, advance=False)
     assert [np.float32(1e30), 2.0] == bench.weights, "0 times anything"
     assert 3.0 == counted(bench)["uncompensated"]
+    bench.push(1, 0, 0.0, -2.0, seen=bench.core._weights.store.version, advance=False)
+    assert [np.float32(1e30), 4.0] == bench.weights, "on weights that it was never told"
+    assert 4.0 == counted(bench)["uncompensated"]
 
 
 def test_an_unchanged_block_is_known_from_before() -> None:
@@ -290,6 +298,18 @@ def test_an_unchanged_block_is_known_from_before() -> None:
     bench.do(m.Push, 2, 0, False, 1.0, (), 0, (1,), (), 0, (floats(1.0, 1.0),))
     seen = read(bench, 1, since=first)
     bench.push(2, 0, -2.0, 0.0)
+    bench.push(1, 0, 3.0, 0.0, seen=seen)
+
+    assert [2 - (3 + 0.5 * 9 * 2), 0.0] == bench.weights
+
+
+def test_a_pull_of_some_blocks_is_one_of_those() -> None:
+    """What else has changed is not what the worker holds (§12.5)."""
+    bench = bench_of(Compensate(0.5), SGD(lr=1.0), SGD(lr=1.0))
+    seen = read(bench, 1)
+    for block in (0, 1):
+        bench.do(m.Push, 2, 0, False, 1.0, (), 0, (block,), (), 0, (floats(-2.0, 0.0),))
+    read(bench, 1, blocks=(1,))
     bench.push(1, 0, 3.0, 0.0, seen=seen)
 
     assert [2 - (3 + 0.5 * 9 * 2), 0.0] == bench.weights
