@@ -111,9 +111,10 @@ def test_staleness_is_the_updates_of_a_block_since_it_was_read() -> None:
     push(2, 1)
     assert (3, 2) == (store.updates_since(0, seen), store.updates_since(1, seen))
     assert (1, 0) == (store.updates_since(0, store.version - 2), store.updates_since(0, store.version))
+    push(2, 0, 1)
     bench.do(m.Push, 1, 0, True, 1.0, (), 0, (), (), seen, ())
 
-    assert {"stale.0": 1, "stale.1": 2, "stale.2": 1} == counted(bench), "who pushes nothing is not stale"
+    assert {"stale.0": 1, "stale.1": 2, "stale.2": 1, "stale.3": 1} == counted(bench), "who pushes nothing is not stale"
 
 
 def test_counting_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +237,7 @@ def test_ranges_are_compensated_as_elements_of_their_block(monkeypatch: pytest.M
     spans = np.array([(0, 1), (2, 5)], "<u4").tobytes()
     benches = [bench_of(Compensate(0.5, adaptive=adaptive), elements=5) for adaptive in (False, False, True, True)]
     for bench, ranged in zip(benches, (True, False) * 2, strict=True):
+        bench.push(2, 0, 1.0, 2.0, 3.0, -1.0, -2.0, seen=read(bench, 2))
         seen = read(bench, 1)
         for g in ((1.0, 2.0, 3.0, 4.0), (0.5, -1.0, 0.25, 2.0)):
             parts = ((3,), (spans, floats(*g))) if ranged else ((), (floats(g[0], 0.0, *g[1:]),))
@@ -337,6 +339,30 @@ def test_copies_are_kept_for_those_counted_in_and_no_longer() -> None:
         other = bench_of(stale)
         read(other, 1)
         assert {} == other.core._weights.remedy._backups
+
+
+def test_an_answer_that_is_said_again_is_of_before() -> None:
+    """Over shared memory a repeated request is not written again: what its worker holds has not changed (§11.4, §12.5)."""
+    bench = bench_of(Compensate(0.5))
+    weights, first = bench.core._weights, read(bench, 1)
+    bench.push(2, 0, -2.0, 0.0)
+    weights.read(1, (), first)
+    bench.push(1, 0, 3.0, 0.0, seen=first)
+
+    assert [2 - (3 + 0.5 * 9 * 2), 0.0] == bench.weights
+
+
+def test_buffers_that_are_averaged_are_let_be() -> None:
+    """They have no gradient: nothing is kept of them, and nothing counted as not compensated (§12.3)."""
+    bench = bench_of(Compensate(0.5), SGD(lr=1.0), Rule("mean"))
+    seen = read(bench, 1)
+    for _ in range(2):
+        bench.do(m.Push, 1, 0, False, 1.0, (), 0, (1,), (), seen, (floats(8.0, 4.0),))
+
+    values = only(m.Values, bench.pull(READER, blocks=(1,))).buffers[0]
+    assert [6.0, 3.0] == np.frombuffer(values, np.float32).tolist()
+    assert [0] == list(bench.core._weights.remedy._backups[1])
+    assert "uncompensated" not in counted(bench)
 
 
 def test_a_copy_stays_as_it_was_read() -> None:
