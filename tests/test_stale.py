@@ -233,10 +233,10 @@ def test_what_is_maximized_has_minus_the_gradient() -> None:
 
 def test_ranges_are_compensated_as_elements_of_their_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same elements pushed alone come out as in a whole push, however it is cut up; the rest stays (§12.4)."""
-    monkeypatch.setattr(remedies, "CHUNK", 2)
     spans = np.array([(0, 1), (2, 5)], "<u4").tobytes()
     benches = [bench_of(Compensate(0.5, adaptive=adaptive), elements=5) for adaptive in (False, False, True, True)]
     for bench, ranged in zip(benches, (True, False) * 2, strict=True):
+        monkeypatch.setattr(remedies, "CHUNK", 2 if ranged else 1000)
         bench.push(2, 0, 1.0, 2.0, 3.0, -1.0, -2.0, seen=read(bench, 2))
         seen = read(bench, 1)
         for g in ((1.0, 2.0, 3.0, 4.0), (0.5, -1.0, 0.25, 2.0)):
