@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         WorkerEvicted,
     )
     from .protocol.rules import SGD, Adagrad, Adam, AdamW, Delta, RMSprop
+    from .protocol.stale import Compensate
     from .worker.client import Worker
 
 _HOMES = {
@@ -35,6 +36,7 @@ _HOMES = {
     "LocalCluster": "launch.cluster",
     "Worker": "worker.client",
     **dict.fromkeys(("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Delta"), "protocol.rules"),
+    "Compensate": "protocol.stale",
     **dict.fromkeys(
         (
             "AuthError",
@@ -60,6 +62,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "AuthError",
+    "Compensate",
     "ConfigError",
     "Delta",
     "LocalCluster",

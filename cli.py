@@ -266,6 +266,37 @@ def codecs(elements: int, codecs: str, repeat: int, as_json: bool) -> int:
     return measure(elements, codecs.split(",") if codecs else CODECS, repeat, as_json)
 
 
+@bench.command()
+@click.option("--workers", default="2,4", show_default=True, metavar="N,…", help="How many workers, 2 to 4.")
+@click.option("--only", type=click.Choice(["bounds", "remedies"]), help="One part; both by default.")
+@click.option("--compute", default=10.0, show_default=True, help="Emulated computing of a step, in milliseconds.")
+@click.option("--slow", default=4.0, show_default=True, help="How much slower the last worker is.")
+@click.option("--seconds", default=6.0, show_default=True, help="Of a race.")
+@click.option(
+    "--repeat", default=3, show_default=True, type=click.IntRange(1), help="Races of each way, with other seeds."
+)
+@click.option("--lr", default=0.2, show_default=True, help="Learning rate of the bounds.")
+@click.option(
+    "--rates", default="0.2,0.6,0.8", show_default=True, metavar="LR,…", help="Learning rates of the remedies."
+)
+@click.option("--target", default=0.3, show_default=True, help="Loss to reach.")
+@click.option("--plot", default="", metavar="FILE", help="Draw it, to FILE.png and FILE.svg.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def stragglers(workers: str, only: str | None, rates: str, plot: str, as_json: bool, **given: Any) -> int:
+    """One slow worker: staleness bounds, sync and torch DDP side by side; what helps against stale gradients.
+
+    \b
+    shoal bench stragglers
+    shoal bench stragglers --only bounds --workers 4 --plot stragglers
+    """
+    from .bench.stragglers import PARTS, Plan, read_rates, read_workers
+    from .bench.stragglers import main as measure
+
+    given["compute"] /= 1e3
+    parts = (only,) if only else PARTS
+    return measure(Plan(read_workers(workers), parts, rates=read_rates(rates), **given), as_json, plot)
+
+
 def joining(given: str | None, needed: bool = False) -> str:
     """The join string: the flag, $SHOAL_JOIN, shoal.toml; else the server on this machine."""
     found = str(settle([JOIN], {"join": given}, "worker")["join"])

@@ -360,6 +360,8 @@ class Push:
     ranges: Indices
     held: Flag
     """Without `advance`: keep this until the step ends. With it: what is kept counts; otherwise it is dropped."""
+    seen: U64
+    """The version of this shard that the gradients were computed on; 0: none that is known (SPEC §13.1)."""
     buffers: Buffers
 
 

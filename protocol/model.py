@@ -1,4 +1,4 @@
-"""What is trained: tensors, their groups, each group's update rule (SPEC §4.1).
+"""What is trained: tensors, their groups, each group's update rule, what stale gradients are met with (SPEC §4.1).
 
 Rules
 - A description is canonical bytes; its digest is its identity.
@@ -18,6 +18,7 @@ import msgpack
 from .errors import ConfigError, ProtocolError
 from .messages import Buffer
 from .rules import Rule
+from .stale import NONE, Stale
 
 ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 MAX_DESCRIPTION = 16 * 1024 * 1024
@@ -48,14 +49,16 @@ class Tensor:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The tensors in order, and the update rule of each group.
+    """The tensors in order, the update rule of each group, and what is done about stale gradients.
 
     Raises:
-        ConfigError: a duplicate or empty name, an unknown dtype, a group without a rule, or a limit of SPEC §2.3.
+        ConfigError: a duplicate or empty name, an unknown dtype, a group without a rule, a remedy that does not fit the rules, or a
+            limit of SPEC §2.3.
     """
 
     tensors: tuple[Tensor, ...]
     groups: tuple[Rule, ...]
+    stale: Stale = NONE
 
     def __post_init__(self) -> None:
         if not self.tensors:
@@ -79,13 +82,14 @@ class ModelSpec:
             total += tensor.elements * ITEMSIZE[tensor.dtype]
         if total > MAX_BYTES:
             raise ConfigError(f"the model has {total} bytes")
+        self.stale.check(self.groups)
 
     @cached_property
     def description(self) -> bytes:
         """The canonical bytes."""
         tensors = [[t.name, t.dtype, t.shape, t.group] for t in self.tensors]
         groups = [[rule.name, rule.numbers] for rule in self.groups]
-        packed = bytes(msgpack.packb([tensors, groups]))
+        packed = bytes(msgpack.packb([tensors, groups, [self.stale.name, self.stale.numbers]]))
         if len(packed) > MAX_DESCRIPTION:
             raise ConfigError(f"the model's description has {len(packed)} bytes, over {MAX_DESCRIPTION}")
         return packed
@@ -115,6 +119,8 @@ class ModelSpec:
                 return f"group {index} has optimizer {a.name} {a.named()} against {b.name} {b.named()}"
         if len(self.groups) != len(other.groups):
             return f"{len(self.groups)} parameter groups against {len(other.groups)}"
+        if self.stale != other.stale:
+            return f"stale gradients are met with {self.stale} against {other.stale}"
         return ""
 
 
@@ -128,8 +134,8 @@ def read_model(description: Buffer) -> ModelSpec:
         raise ProtocolError("malformed", "a model description over the limit")
     try:
         body = msgpack.unpackb(description, use_list=False, raw=False, strict_map_key=True)
-        tensors, groups = body
-        spec = ModelSpec(tuple(map(_tensor, tensors)), tuple(map(_rule, groups)))
+        tensors, groups, stale = body
+        spec = ModelSpec(tuple(map(_tensor, tensors)), tuple(map(_rule, groups)), Stale(*_named(stale)))
         if spec.description != bytes(description):
             raise ValueError("not canonical")
     except Exception as error:  # whatever the bytes do to msgpack or to us is the sender's fault
@@ -147,7 +153,11 @@ def _tensor(entry: Any) -> Tensor:
 
 
 def _rule(entry: Any) -> Rule:
+    return Rule(*_named(entry))
+
+
+def _named(entry: Any) -> tuple[str, tuple[float, ...]]:
     name, numbers = entry
     if type(name) is not str or type(numbers) is not tuple or any(type(n) is not float for n in numbers):
-        raise TypeError("a rule is [text, list of reals]")
-    return Rule(name, numbers)
+        raise TypeError("a rule or remedy is [text, list of reals]")
+    return name, numbers

@@ -96,7 +96,14 @@ class Updater:
         self._kernel: Kernel | None = None
         if rule.name in _TORCH:
             make, _, fixed = _TORCH[rule.name]
+            if self._loses:
+                fixed = {"foreach": False}
             self._optimizer = make([weights], **torch_settings(rule.name, rule.named()), **fixed)
+
+    @property
+    def _loses(self) -> bool:
+        """torch 2.13's fused SGD leaves float16 and bfloat16 weights as they are (pytorch/pytorch#191763)."""
+        return self._rule.name == "sgd" and self._weights.element_size() == 2
 
     def apply(self, gradient: torch.Tensor, ranges: Ranges | None, numbers: tuple[float, ...], workers: int) -> None:
         """One step.
@@ -122,7 +129,11 @@ class Updater:
             self._optimizer.step()
             self._weights.grad = None
             settings = torch_settings(self._rule.name, self._named())
-            self._kernel = _kernel(self._rule.name, self._weights, self._optimizer.state[self._weights], settings)
+            self._kernel = (
+                None
+                if self._loses
+                else _kernel(self._rule.name, self._weights, self._optimizer.state[self._weights], settings)
+            )
             return
         for start, stop in ranges or ((0, self._weights.numel()),):
             self._split(start)

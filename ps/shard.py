@@ -214,14 +214,15 @@ class Shard:
             held.pop(incarnation, None)
         self._shared.drop(incarnation)
         if self._weights:
-            self._weights.drop(incarnation)
+            self._weights.leave(incarnation)
         self._entered.discard(incarnation)
         self._clocks.leave(incarnation)
 
     def _report(self) -> None:
         if self._welcomed:
             digest = self._weights.layout.digest if self._weights else ""
-            self.counters["updates"] = self._weights.updates if self._weights else 0
+            if self._weights:
+                self.counters |= self._weights.counters
             counters = tuple((name, float(value)) for name, value in sorted(self.counters.items()))
             self._send(
                 COORDINATOR,
@@ -342,7 +343,7 @@ class Shard:
                 self._clocks.leave(incarnation, operation.clock)
                 self._counted_in(incarnation)  # once it was, here or at an earlier life of this shard
                 if self._weights:
-                    self._weights.drop(incarnation)
+                    self._weights.leave(incarnation)
             case Fill():
                 self._fill(operation)
 
@@ -461,6 +462,8 @@ class Shard:
             self.counters["rejected.malformed"] += 1
             return self._send(peer, Refused(pull.request, "shape", "a block that is not on this shard"))
         shown = self._shared.answer(pull, self.incarnation, self._weights, self._clocks.min)
+        if not self._sync and pull.incarnation in self._clocks:
+            self._weights.read(pull.incarnation, pull.blocks, shown.version if shown else store.version)
         if shown:
             return self._send(peer, shown)
         self._out.append(Stream(peer, in_buffers(pull, self.incarnation, store, self._clocks.min, self.counters)))
@@ -483,19 +486,8 @@ class Shard:
         name, clock = (self._roster.name(slowest), self._clocks.get(slowest) or 0) if slowest is not None else ("", 0)
         self._ack(message.incarnation)
         parked = tuple(self._pulls.get(message.incarnation, ()))
-        self._send(
-            peer,
-            Alive(
-                message.incarnation,
-                self.incarnation,
-                inbox.received,
-                self._clocks.min,
-                name,
-                clock,
-                self._filled,
-                parked,
-            ),
-        )
+        life = (message.incarnation, self.incarnation, inbox.received, self._clocks.min)
+        self._send(peer, Alive(*life, name, clock, self._filled, parked))
 
     # --- status
 

@@ -8,6 +8,7 @@ Rules
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from math import isfinite
 from sys import getrefcount
@@ -22,6 +23,8 @@ from ..protocol.layout import Block, Layout
 from ..protocol.messages import Buffer
 from .rules import Ranges, Updater
 
+MOST_COUNTED = 1024
+"""Updates of a block that are counted back (SPEC §13.2)."""
 FREE = 2
 """References to an array that nobody else holds: its owner's, and the question's."""
 
@@ -73,6 +76,8 @@ class _Held:
     """By codec."""
     shots: dict[int, Shot] = field(default_factory=dict)
     """By codec, of this version, where somebody was promised its values."""
+    updates: list[int] = field(default_factory=list)
+    """The versions that its last updates made."""
 
 
 class Store:
@@ -163,6 +168,26 @@ class Store:
         self._about_to_change(held)
         held.updater.apply(gradient, ranges, numbers, workers)
         self._changed(held)
+        held.updates.append(held.version)
+        if len(held.updates) >= 2 * MOST_COUNTED:
+            del held.updates[:-MOST_COUNTED]
+
+    def updates_since(self, block: int, version: int) -> int:
+        """How many updates of a block came after `version`: at most `MOST_COUNTED`."""
+        updates = self._held[block].updates
+        return min(len(updates) - bisect_right(updates, version), MOST_COUNTED)
+
+    def version_of(self, block: int) -> int:
+        """The version that the block's last change made."""
+        return self._held[block].version
+
+    def weights(self, block: int) -> torch.Tensor:
+        """The live values; for whoever updates them."""
+        return self._held[block].weights
+
+    def as_tensor(self, block: int, values: Buffer) -> torch.Tensor:
+        """A snapshot of a block as a tensor, which holds it. Not a copy."""
+        return _tensor(values, self._held[block].weights.dtype)
 
     def changed_since(self, version: int, blocks: tuple[int, ...] = ()) -> list[int]:
         """Which of `blocks` (empty: all) have changed after `version`, in order."""

@@ -7,6 +7,8 @@ Rules
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -22,10 +24,14 @@ from ..protocol.messages import Buffer, Fill, Push
 from .answers import PART_BYTES
 from .averaging import StepAverage
 from .rules import Ranges
+from .stale import Remedy
 from .store import Misfit, Store
 
 MAX_COLLECTED = 64 * 1024 * 1024
 """Bytes that a worker's pushes of one step may have, or twice the shard's own if that is more."""
+
+MOST_STALENESS = 64
+"""The histogram's last bin counts this staleness and all above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +52,21 @@ class Weights:
         self.store = Store(layout, index)
         self.filled = not len(self.store)
         self.updates = 0
+        self.staleness: Counter[int] = Counter()
+        """How many pushes in `async` had which staleness: that of their stalest block (SPEC §13.2)."""
+        self.remedy = Remedy(layout.spec.stale, layout.spec.groups, self.store)
         self._filling: set[int] = set()
         self._average = StepAverage()
         self._collected: dict[int, list[Push]] = {}
         self._held: dict[int, list[Push]] = {}
         self._spoiled: set[int] = set()
         """Workers of whose open step a part was refused: it will not count."""
+
+    @property
+    def counters(self) -> Counter[str]:
+        """For the report."""
+        found = Counter({f"stale.{tau}": pushes for tau, pushes in self.staleness.items()})
+        return found | Counter({"updates": self.updates, "uncompensated": self.remedy.uncompensated})
 
     def restart_filling(self) -> None:
         """Another worker fills from now on: what the one before had sent does not count."""
@@ -78,9 +93,19 @@ class Weights:
         Raises:
             Misfit: nothing of it was applied.
         """
-        for update in self._checked(self._decoded(push), finite):
-            self.store.apply(update.block, update.gradient, update.ranges, update.numbers, workers)
+        stalest = 0
+        for u in self._checked(self._decoded(push), finite):
+            tau = self.store.updates_since(u.block, push.seen)
+            stalest = max(stalest, tau)
+            gradient = self.remedy.gradient(push.incarnation, u.block, u.gradient, u.ranges, push.seen)
+            self.store.apply(u.block, gradient, u.ranges, self.remedy.numbers(u.block, u.numbers, tau), workers)
+        self.staleness[min(stalest, MOST_STALENESS)] += 1
         self.updates += 1
+
+    def read(self, worker: int, blocks: Iterable[int], version: int) -> None:
+        """A worker that is counted in was answered with these blocks (none: all), as of `version`."""
+        if self.remedy.keeps and version == self.store.version:  # else it is an old answer, said again
+            self.remedy.read(worker, tuple(blocks) or self.store.blocks)
 
     def collect(self, push: Push) -> None:
         """Keep a push of the open step until its worker has finished the step, and has said whether what was `held` counts.
@@ -107,6 +132,11 @@ class Weights:
         self._collected.pop(incarnation, None)
         self._held.pop(incarnation, None)
         self._spoiled.discard(incarnation)
+
+    def leave(self, incarnation: int) -> None:
+        """A worker is not counted in any more."""
+        self.drop(incarnation)
+        self.remedy.drop(incarnation)
 
     def spoil(self, incarnation: int) -> None:
         """A part of a worker's open step was refused: all of the step adds nothing and weighs nothing."""
@@ -141,13 +171,15 @@ class Weights:
     def check(self, push: Push) -> None:
         """
         Raises:
-            Misfit: its examples or its hyperparameters cannot be, or it counts what was refused; whatever else it holds.
+            Misfit: its examples, version or hyperparameters cannot be, or it counts what was refused; whatever else it holds.
         """
         if push.advance and push.held and push.incarnation in self._spoiled:
             raise Misfit("spoiled", "a part of this step was refused")
         rules = self.layout.spec.groups
         if not 0 <= push.examples < inf:
             raise Misfit("shape", f"a gradient over {push.examples} examples")
+        if push.seen > self.store.version:
+            raise Misfit("shape", f"a gradient on version {push.seen}, and this shard is at {self.store.version}")
         if push.hyper and len(push.hyper) != len(rules):
             raise Misfit("shape", f"hyperparameters for {len(push.hyper)} groups of {len(rules)}")
         for rule, numbers in zip(rules, push.hyper, strict=False):

@@ -149,10 +149,11 @@ class ShardBench(Bench):
         examples: float = 1.0,
         hyper: Any = (),
         held: bool = False,
+        seen: int = 0,
     ) -> list[Any]:
         """A gradient of block 0, or none."""
         blocks, buffers = ((0,), (floats(*values),)) if values else ((), ())
-        return self.do(m.Push, worker, clock, advance, examples, hyper, 0, 0, blocks, (), held, buffers)
+        return self.do(m.Push, worker, clock, advance, examples, hyper, 0, 0, blocks, (), held, seen, buffers)
 
     def pull(self, worker: int, clock: int = 0, after: int = 0, since: int = 0, blocks: Any = ()) -> list[Any]:
         self.requests += 1

@@ -39,7 +39,7 @@ class Shards:
 
     def push(self, parts: Any) -> None:
         for part in parts:
-            push = Push(1, 9, 1, 0, True, 1.0, (), 0, part.codec, part.blocks, part.ranges, False, part.buffers)
+            push = Push(1, 9, 1, 0, True, 1.0, (), 0, part.codec, part.blocks, part.ranges, False, 0, part.buffers)
             self.each[part.shard].apply(push, 1)
 
     def flat(self) -> np.ndarray[Any, Any]:

@@ -429,3 +429,29 @@ def test_blocks_are_packed_into_messages() -> None:
     )
     assert [1024, 1] == [len(run) for run in packed((index, 1) for index in range(1025))]
     assert [] == list(packed([]))
+
+
+def test_a_push_says_what_it_was_computed_on(bench: Bench) -> None:
+    """The version read last, of each shard; of a part, the least of its blocks'; of a new life, nothing (SPEC §13.1)."""
+
+    def seen(ticket: int) -> list[int]:
+        return [message.seen for _, message in bench.push(ticket, 0, 1, advance=False) if isinstance(message, m.Push)]
+
+    assert [0, 0] == seen(1)
+    bench.pull(2, 0, 1)
+    bench.hear(bench.values(0, 1))
+    assert [5, 0] == seen(3), "each shard's answer is taken in as it comes"
+    bench.hear(bench.values(1, 2))
+    assert [5, 5] == seen(4)
+
+    bench.fleet.pull(PullCalled(5, {0: (0,)}, {}), bench.now)
+    bench.look()
+    bench.hear((0, m.Values(ME, 900, 3, 0, 1, 9, 0, 0, 0, (0,), (bytes(4096),))))
+    link = bench.fleet.links[0]
+    assert [9, 5] == seen(6)
+    assert (5, 5, 9) == (link.seen((0, 7)), link.seen(()), link.seen((0,)))
+    link.has_read((), 10)
+    assert (10, 10) == (link.seen((0,)), link.seen((7,)))
+
+    bench.hear((0, m.Stranger(ME, 950)), (0, m.Greeting(ME, 950, 0)))
+    assert [0, 5] == seen(7)

@@ -271,8 +271,8 @@ def test_a_number_that_is_for_people_may_be_nan() -> None:
     assert math.isnan(found.stats[0][1])
     for message in (
         m.ShardWelcome(1, 2, 3, math.nan),
-        m.Push(1, 2, 3, 4, True, math.nan, (), 0, 0, (), (), False, ()),
-        m.Push(1, 2, 3, 4, True, 1.0, ((math.nan,),), 0, 0, (), (), False, ()),
+        m.Push(1, 2, 3, 4, True, math.nan, (), 0, 0, (), (), False, 0, ()),
+        m.Push(1, 2, 3, 4, True, 1.0, ((math.nan,),), 0, 0, (), (), False, 0, ()),
     ):
         with pytest.raises(ProtocolError):
             decode(encode(message))
@@ -284,16 +284,16 @@ def test_ranges_that_do_not_fit_the_blocks_are_refused(ranges: tuple[int, ...]) 
     buffers = tuple(bytes(8) for _ in range(3))
 
     with pytest.raises(ProtocolError) as refused:
-        decode(encode(m.Push(1, 2, 3, 4, True, 1.0, (), 0, 0, (7, 8), ranges, False, buffers)))
+        decode(encode(m.Push(1, 2, 3, 4, True, 1.0, (), 0, 0, (7, 8), ranges, False, 0, buffers)))
     assert "malformed" == refused.value.reason
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        m.Push(1, 2, 3, 4, True, 1.0, (), 5, 1, (7,), (), False, ()),
+        m.Push(1, 2, 3, 4, True, 1.0, (), 5, 1, (7,), (), False, 0, ()),
         m.Values(1, 2, 3, 0, 1, 4, 5, 6, 1, (7,), ()),
-        m.Push(1, 2, 3, 4, True, 1.0, (), 0, 5, (), (), False, ()),
+        m.Push(1, 2, 3, 4, True, 1.0, (), 0, 5, (), (), False, 0, ()),
         m.Values(1, 2, 3, 0, 1, 4, 5, 0, 4, (), ()),
         m.Pull(1, 2, 3, 4, 5, 6, 0, 4, ()),
     ],

@@ -47,7 +47,7 @@ VALID = [
     Enter(7, 9, 1),
     Start(7, 9, 2, 5),
     Fill(7, 9, 3, 1, (0,), (bytes(64),)),
-    Push(7, 9, 4, 0, True, 1.0, ((0.1,),), 0, 3, (0, 1), (1, 0), False, (bytes(8), bytes(16), bytes(16))),
+    Push(7, 9, 4, 0, True, 1.0, ((0.1,),), 0, 3, (0, 1), (1, 0), False, 3, (bytes(8), bytes(16), bytes(16))),
     Pull(7, 9, 1, 0, 0, 0, 0, 1, (0, 1)),
     Probe(7, 9),
     Ack(7, 9, 1, False, 0, ((1, "shape", "no"),)),

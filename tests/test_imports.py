@@ -41,7 +41,10 @@ ONLY = {
 """Who may import these, of the rooms that the rule is for; what is not named there is decided by events that come in."""
 EVERYWHERE = {"zmq": (*ROOMS[:4], ""), "click": (*ROOMS[:4], "")}
 
-TORCH = {"ps/rules.py", "ps/weights.py", "ps/averaging.py", "ps/store.py", "worker/optimizer.py", "worker/views.py"}
+TORCH = {
+    *("ps/rules.py", "ps/weights.py", "ps/averaging.py", "ps/store.py", "ps/stale.py"),
+    *("worker/optimizer.py", "worker/views.py"),
+}
 """Who imports torch when it is imported itself; others do it when they are given a tensor, or not at all."""
 
 

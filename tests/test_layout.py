@@ -203,7 +203,7 @@ def test_a_digest_covers_the_owners() -> None:
     assert layout.digest != moved.digest
 
 
-DIGEST = "81fb01afa3b8f49118d5015ebb584e27347ba151e5600cd8f349da6dc1d8a14a"
+DIGEST = "9353d27d0bed775e07bf0600e692d32a7bd240f5c4c717af4f0d5ae81da36b73"
 
 
 def test_the_digest_is_fixed() -> None:

@@ -132,6 +132,7 @@ def test_a_description_has_a_limit() -> None:
 
 SGD_ = ["sgd", [0.1, 0.0, 0.0, 0.0, 0.0, 0.0]]
 W = ["w", "float32", [2], 0]
+NONE = ["none", []]
 
 
 @pytest.mark.parametrize(
@@ -141,34 +142,48 @@ W = ["w", "float32", [2], 0]
         [],
         {},
         [[W]],
+        [[W], [SGD_]],
         [[W], [SGD_], []],
-        [[], [SGD_]],
-        [[W, W], [SGD_]],
-        [[["w", "float32", [2]]], [SGD_]],
-        [[[b"w", "float32", [2], 0]], [SGD_]],
-        [[["w", "int8", [2], 0]], [SGD_]],
-        [[["w", 32, [2], 0]], [SGD_]],
-        [[["w", "float32", 2, 0]], [SGD_]],
-        [[["w", "float32", [2.0], 0]], [SGD_]],
-        [[["w", "float32", [True], 0]], [SGD_]],
-        [[["w", "float32", [-2], 0]], [SGD_]],
-        [[["w", "float32", [2], False]], [SGD_]],
-        [[["w", "float32", [2], 1]], [SGD_]],
-        [[["w", "float32", [2**40], 0]], [SGD_]],
-        [[["w", "float32", [2**63] * 8, 0]], [SGD_]],
-        [[W], [["sgd", [0.1]]]],
-        [[W], [["sgd", [1, 0, 0, 0, 0, 0]]]],
-        [[W], [["sgd", [float("nan"), 0.0, 0.0, 0.0, 0.0, 0.0]]]],
-        [[W], [["sgd", [0.1, 0.0, 0.0, 0.0, 0.5, 0.0]]]],
-        [[W], [["sgd", [-0.1, 0.0, 0.0, 0.0, 0.0, 0.0]]]],
-        [[W], [["os.system", []]]],
-        [[W], [[b"sgd", SGD_[1]]]],
-        [[W], ["delta"]],
+        [[W], [SGD_], NONE, []],
+        [[W], [SGD_], "none"],
+        [[W], [SGD_], ["none", [1.0]]],
+        [[W], [SGD_], ["os.system", []]],
+        [[W], [SGD_], ["compensate", [0.04]]],
+        [[W], [SGD_], ["compensate", [0.04, 0.5]]],
+        [[W], [SGD_], ["compensate", [1, 0.0]]],
+        [[W], [SGD_], ["compensate", [0.0, 0.0]]],
+        [[W], [SGD_], ["compensate", [-0.04, 0.0]]],
+        [[W], [SGD_], ["compensate", [1000.5, 0.0]]],
+        [[W], [SGD_], ["compensate", [float("nan"), 0.0]]],
+        [[W], [SGD_], ["compensate", [float("inf"), 0.0]]],
+        [[W], [["delta", []]], ["scale", []]],
+        [[], [SGD_], NONE],
+        [[W, W], [SGD_], NONE],
+        [[["w", "float32", [2]]], [SGD_], NONE],
+        [[[b"w", "float32", [2], 0]], [SGD_], NONE],
+        [[["w", "int8", [2], 0]], [SGD_], NONE],
+        [[["w", 32, [2], 0]], [SGD_], NONE],
+        [[["w", "float32", 2, 0]], [SGD_], NONE],
+        [[["w", "float32", [2.0], 0]], [SGD_], NONE],
+        [[["w", "float32", [True], 0]], [SGD_], NONE],
+        [[["w", "float32", [-2], 0]], [SGD_], NONE],
+        [[["w", "float32", [2], False]], [SGD_], NONE],
+        [[["w", "float32", [2], 1]], [SGD_], NONE],
+        [[["w", "float32", [2**40], 0]], [SGD_], NONE],
+        [[["w", "float32", [2**63] * 8, 0]], [SGD_], NONE],
+        [[W], [["sgd", [0.1]]], NONE],
+        [[W], [["sgd", [1, 0, 0, 0, 0, 0]]], NONE],
+        [[W], [["sgd", [float("nan"), 0.0, 0.0, 0.0, 0.0, 0.0]]], NONE],
+        [[W], [["sgd", [0.1, 0.0, 0.0, 0.0, 0.5, 0.0]]], NONE],
+        [[W], [["sgd", [-0.1, 0.0, 0.0, 0.0, 0.0, 0.0]]], NONE],
+        [[W], [["os.system", []]], NONE],
+        [[W], [[b"sgd", SGD_[1]]], NONE],
+        [[W], ["delta"], NONE],
     ],
 )
 def test_a_hostile_description_is_refused(body: Any) -> None:
     """A description whose parts are of other types, counts or ranges is refused before anything is made of it."""
-    assert ModelSpec((Tensor("w", "float32", (2,)),), (SGD(lr=0.1),)) == read_model(msgpack.packb([[W], [SGD_]]))
+    assert ModelSpec((Tensor("w", "float32", (2,)),), (SGD(lr=0.1),)) == read_model(msgpack.packb([[W], [SGD_], NONE]))
 
     with pytest.raises(ProtocolError, match="model description"):
         read_model(msgpack.packb(body))

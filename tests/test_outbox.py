@@ -13,7 +13,7 @@ from shoal.worker.outbox import WINDOW, WINDOW_BYTES, Outbox
 
 
 def push(size: int, seq: int) -> Operation:
-    return Push(1, 2, seq, 3, False, 1.0, (), 0, 0, (0,), (), False, (bytes(size),))
+    return Push(1, 2, seq, 3, False, 1.0, (), 0, 0, (0,), (), False, 0, (bytes(size),))
 
 
 def numbers(operations: list[Any]) -> list[int]:

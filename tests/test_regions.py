@@ -120,6 +120,7 @@ class Sharing(ShardBench):
             other.get("blocks", (0,)),
             ranges,
             False,
+            0,
             buffers,
         )
 

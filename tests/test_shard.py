@@ -160,7 +160,7 @@ def test_an_update_is_applied_once(order: list[int], more: list[int]) -> None:
     seen: set[int] = set()
     for number in [*more, *order, *more, *sorted(order)]:
         value = float(2**number)
-        push = m.Push(2, SHARD, number, 0, False, 1.0, (), 0, 0, (0,), (), False, (floats(-value, 0.0),))
+        push = m.Push(2, SHARD, number, 0, False, 1.0, (), 0, 0, (0,), (), False, 0, (floats(-value, 0.0),))
         ack = only(m.Ack, bench.hear(peer_of(2), push))
         before = next(n for n in range(9) if n + 1 not in seen)
         seen |= {number} if number == before + 1 else set()
@@ -395,7 +395,7 @@ def test_any_payload_in_a_codec_is_taken_or_refused(mode: str) -> None:
         length = dice.choice((size(codec, elements), size(codec, elements), 8, dice.randrange(2000)))
         spans = (np.array([2, 9], "<u4").tobytes(),) if ranged else ()
         payload = dice.randbytes(length) if dice.random() < 0.5 else bytes(length)
-        bench.do(m.Push, 1, clock, True, 1.0, (), 0, codec, (0,), (1,) * ranged, False, (*spans, payload))
+        bench.do(m.Push, 1, clock, True, 1.0, (), 0, codec, (0,), (1,) * ranged, False, 0, (*spans, payload))
     refused = {name: count for name, count in bench.core.counters.items() if name.startswith("refused.")}
 
     assert {"refused.shape", "refused.nonfinite"} == set(refused)

@@ -169,7 +169,7 @@ def test_a_pull_gets_what_has_changed() -> None:
     bench = ShardBench(spec=ModelSpec((Tensor("w", "float32", (3072,)),), (SGD(lr=1.0),)))
     first = only(m.Values, bench.pull(1))
     assert ((0, 1, 2), 3, 0, 1) == (first.blocks, first.version, first.part, first.parts)
-    bench.do(m.Push, 1, 0, False, 1.0, (), 0, 0, (1,), (), False, (bytes(4096),))
+    bench.do(m.Push, 1, 0, False, 1.0, (), 0, 0, (1,), (), False, 0, (bytes(4096),))
 
     since = [only(m.Values, bench.pull(1, since=3, blocks=blocks)) for blocks in ((), (0, 2), (1, 2))]
     assert [(1,), (), (1,)] == [values.blocks for values in since]

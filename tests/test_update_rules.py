@@ -117,3 +117,22 @@ def test_a_momentum_may_come_later() -> None:
     updater.apply(torch.ones(2), None, plain.numbers, 1)
 
     assert [-3.5, -3.5] == pytest.approx(weights.tolist())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_long_block_is_updated_to_its_end(case: str, dtype: torch.dtype) -> None:
+    """Kernels take long vectors another way than short ones, and one of torch's left them as they were (pytorch/pytorch#191763)."""
+    rule, size = CASES[case], 1000
+    start, gradients = random(size, 0, dtype), [random(size, seed, dtype) for seed in (1, 2, 3)]
+    whole = start.clone()
+    updater = Updater(whole, rule)
+    for gradient in gradients:
+        updater.apply(gradient, None, (), 1)
+    for at in (0, 500, size - 3):
+        few = start[at : at + 3].clone()
+        updater = Updater(few, rule)
+        for gradient in gradients:
+            updater.apply(gradient[at : at + 3].clone(), None, (), 1)
+        torch.testing.assert_close(whole[at : at + 3], few, rtol=0.05, atol=TOLERANCE[dtype])
+    assert (whole == start).float().mean() < 0.1

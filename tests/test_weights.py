@@ -29,7 +29,7 @@ def pushed(worker: int, parts: dict[int, Any], **other: Any) -> Push:
     counts = tuple(len(part[0]) if isinstance(part, tuple) else 0 for part in parts.values()) if ranged else ()
     if ranged:
         buffers.insert(0, np.array([span for part in ranged.values() for span in part[0]], "<u4").tobytes())
-    return replace(Push(worker, 9, 1, 0, True, 1.0, (), 0, 0, tuple(parts), counts, False, tuple(buffers)), **other)
+    return replace(Push(worker, 9, 1, 0, True, 1.0, (), 0, 0, tuple(parts), counts, False, 0, tuple(buffers)), **other)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -32,6 +33,7 @@ from ..protocol.join import MAX_NAME, JoinAddress, is_name, key_text
 from ..protocol.model import ModelSpec, Tensor
 from ..protocol.records import Place
 from ..protocol.rules import Rule
+from ..protocol.stale import Option, Stale, read_option
 from . import calls
 from .arrays import Array, Cache, Template, describe, write
 from .buffers import Buffers
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     import torch
 
     from .optimizer import Optimizer
+
+logger = logging.getLogger("shoal")
 
 CONNECT_TIMEOUT = 60.0
 WAIT_TIMEOUT = 600.0
@@ -153,14 +157,19 @@ class Worker:
 
     # --- parameters
 
-    def register(self, arrays: Mapping[str, Array], optimizer: Rule, *, timeout: float | None = None) -> None:
+    def register(
+        self, arrays: Mapping[str, Array], optimizer: Rule, *, stale: Option = None, timeout: float | None = None
+    ) -> None:
         """Say what is trained, and be counted in. The first worker's values are the first weights.
 
         Args:
             arrays: by name; numpy or torch; float32, float64, float16 or bfloat16.
             optimizer: how the shards apply what is pushed: `shoal.SGD(lr=0.1)`, `shoal.Adam()`, …, or `shoal.Delta()` to add it.
+            stale: what is done about a gradient that was computed on older weights, in `async`: nothing, `"scale"` (its
+                learning rate is divided by its staleness), `"compensate"` or `shoal.Compensate(lam=…)`. All workers must agree.
 
         Raises:
+            ConfigError: there is no such remedy, or the optimizer has no use for it.
             ShapeError: the model differs from the one that is being trained; the text names the first difference.
             WaitTimeout: fewer than `min_workers` have come in time.
         """
@@ -169,13 +178,16 @@ class Worker:
                 f"optimizer is a {type(optimizer).__name__}",
                 hint="shoal.SGD(lr=0.1) and its like; for torch optimizers worker.optimizer(opt, model)",
             )
-        self._register({name: (array, 0) for name, array in arrays.items()}, (optimizer,), timeout)
+        entries = {name: (array, 0) for name, array in arrays.items()}
+        self._register(entries, (optimizer,), timeout, read_option(stale))
 
     def _register(
-        self, arrays: Mapping[str, tuple[Array, int]], groups: tuple[Rule, ...], timeout: float | None
+        self, arrays: Mapping[str, tuple[Array, int]], groups: tuple[Rule, ...], timeout: float | None, stale: Stale
     ) -> Cache:
         """`arrays`: by name, with the number of the group."""
-        spec = ModelSpec(tuple(describe(name, array, group) for name, (array, group) in arrays.items()), groups)
+        spec = ModelSpec(tuple(describe(name, array, group) for name, (array, group) in arrays.items()), groups, stale)
+        if stale and self.mode == "sync":
+            logger.warning("stale=%s is without effect in sync mode, where no gradient is stale", stale)
         exchange = self._exchange
         first = first_values({name: array for name, (array, _) in arrays.items()}) if exchange.cache is None else {}
 
@@ -347,6 +359,7 @@ class Worker:
         buffers: str = "local",
         overlap: bool = True,
         prefetch: bool = False,
+        stale: Option = None,
     ) -> Optimizer:
         """Wrap a torch optimizer: `step` pushes gradients, ends the step, and takes weights within the bound.
 
@@ -360,13 +373,14 @@ class Worker:
             prefetch: `step` does not wait for the next weights: they arrive while the loop prepares its next batch, and are there
                 when the model is called. Between the two its parameters are those before the step, which is why this is to be
                 asked for. Takes the memory of another copy of the model.
+            stale: as in `register`; only with an optimizer that runs on the shards.
 
         Raises:
-            ConfigError: a parameter of the optimizer is not in the model, or a setting is unknown.
+            ConfigError: a parameter of the optimizer is not in the model, or a setting is unknown or has no effect.
         """
         from .optimizer import Optimizer
 
-        return Optimizer(self, optimizer, model, buffers, overlap, prefetch)
+        return Optimizer(self, optimizer, model, buffers, overlap, prefetch, read_option(stale))
 
     # --- data
 

@@ -164,22 +164,10 @@ class Fleet:
             if region:
                 parts = in_region(parts)
             for number, part in enumerate(parts, 1):
-                push = Push(
-                    self._incarnation,
-                    link.shard,
-                    link.outbox.next,
-                    self._stats.clock,
-                    call.advance and number == len(parts),
-                    call.examples,
-                    call.hyper,
-                    region,
-                    part.codec,
-                    part.blocks,
-                    part.ranges,
-                    early and number == len(parts),
-                    part.buffers,
-                )
-                link.outbox.add(push, call.ticket)
+                last = number == len(parts)
+                head = (self._incarnation, link.shard, link.outbox.next, self._stats.clock, call.advance and last)
+                what, seen = (region, part.codec, part.blocks, part.ranges, early and last), link.seen(part.blocks)
+                link.outbox.add(Push(*head, call.examples, call.hyper, *what, seen, part.buffers), call.ticket)
                 operations += 1
         if operations:
             self._pushes[call.ticket] = _Pushing(operations)
@@ -196,8 +184,9 @@ class Fleet:
             link = self.links.get(part.shard)
             if not self.running or link is None or not link.started or link.shares(call.region):
                 continue
-            head = (self._incarnation, link.shard, link.outbox.next, self._stats.clock)
-            link.outbox.add(Push(*head, False, 0.0, (), 0, part.codec, part.blocks, (), True, part.buffers))
+            head = (self._incarnation, link.shard, link.outbox.next, self._stats.clock, False)
+            seen = link.seen(part.blocks)
+            link.outbox.add(Push(*head, 0.0, (), 0, part.codec, part.blocks, (), True, seen, part.buffers))
             link.left_early(part.blocks)
             size = sum(map(len, part.buffers))
             self._stats.bytes_pushed += size
@@ -297,6 +286,7 @@ class Fleet:
             return
         del link.reads[values.request]
         pulling.versions[link.place.index] = (link.shard, values.version)
+        link.has_read(read.blocks, values.version)
         pulling.min_clock = min(pulling.min_clock, values.min_clock)
         pulling.open.discard(link.place.index)
         if not pulling.open:

@@ -79,6 +79,8 @@ class Link:
         """Blocks that were sent early of the step that is being made."""
         self.early_twice = False
         """One of them was sent again: which of the two counts nobody could say."""
+        self._read_all, self._read = 0, dict[int, int]()
+        """The version as of which all blocks were read last, and the blocks of which some newer one was."""
         self.shared: dict[int, str] = {}
         """By region, why the shard does not share it, or ""."""
         self.offered: dict[int, float] = {}
@@ -135,6 +137,19 @@ class Link:
         self.early.clear()
         self.early_twice = False
         return parts, counts
+
+    def has_read(self, blocks: tuple[int, ...], version: int) -> None:
+        """A pull has brought these blocks (none: all) as of `version`."""
+        if blocks:
+            self._read |= dict.fromkeys(blocks, version)
+        else:
+            self._read_all, self._read = version, {}
+
+    def seen(self, blocks: tuple[int, ...]) -> int:
+        """The least version that one of these blocks was read at; 0: not from this life of the shard (SPEC §13.1)."""
+        if not self._read:
+            return self._read_all
+        return min((self._read.get(block, self._read_all) for block in blocks), default=self._read_all)
 
     def shares(self, region: int) -> bool:
         """Has this life of the shard taken the region?"""

@@ -18,6 +18,7 @@ import torch
 
 from ..protocol.errors import ConfigError, ServerLost, WorkerEvicted
 from ..protocol.rules import FLAGS, RULES, Rule
+from ..protocol.stale import Stale
 from .ahead import Ahead
 from .arrays import Array
 from .loop import Ticket
@@ -56,6 +57,7 @@ class Optimizer(torch.optim.Optimizer):
         buffers: str,
         overlap: bool,
         prefetch: bool,
+        stale: Stale,
     ) -> None:
         if isinstance(optimizer, Optimizer):
             raise ConfigError("this optimizer is wrapped already")
@@ -82,21 +84,21 @@ class Optimizer(torch.optim.Optimizer):
                 "the state that %s has gathered stays here; the servers begin with fresh state",
                 type(optimizer).__name__,
             )
-        self._register()
+        self._register(stale)
         if prefetch:
             self._ahead = Ahead(called, self._all().values(), self._views, self._ended)
             self._worker._arrivers.append(self._ahead.arrive)
             self._worker._closers.append(self._ahead.close)
         self._ready = True
 
-    def _register(self) -> None:
+    def _register(self, stale: Stale) -> None:
         groups = {name: number for number, group in enumerate(self.param_groups) for name in self._names_of(group)}
         arrays: dict[str, tuple[Array, int]] = {name: (self._params[name], groups[name]) for name in groups}
         rules = self._rules or tuple(Rule("delta") for _ in self.param_groups)
         if self._averaged:
             arrays |= {name: (buffer, len(rules)) for name, buffer in self._averaged.items()}
             rules = (*rules, Rule("mean"))
-        self._worker._register(arrays, rules, None)
+        self._worker._register(arrays, rules, None, stale)
         # Only where nobody steps here: a delta is told from what was pulled, and buffers change in forward passes.
         self._views = Views(
             self._worker,
