@@ -12,7 +12,7 @@ import numpy as np
 from history import History, Life, PullDone, Update, Violation
 from simnet import Faults, Node, Sim
 
-from shoal.protocol.codecs import RAW, Codec
+from shoal.protocol.codecs import BF16, FP16, RAW, Codec
 from shoal.protocol.coding import decode, encode
 from shoal.protocol.effects import COORDINATOR, Fail, Resolve, Tick
 from shoal.protocol.errors import ServerLost, WorkerEvicted
@@ -26,6 +26,9 @@ from shoal.worker.core import Core
 
 ELEMENTS = 1024
 """Elements of each shard's one block, and updates that a run may make."""
+
+ROUNDING = {BF16: 2.0**-8, FP16: 2.0**-11}
+"""Of a value that was pulled, relative to it."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,11 @@ class App:
         came: dict[int, Any] = {}
 
         def sink(block: int, payload: Any, codec: int) -> None:
-            came[block] = decode(codec, payload, ELEMENTS)
+            found = decode(codec, payload, ELEMENTS)
+            if shown is None:
+                came[block] = found
+            else:  # as a worker has it: one memory for both ways, and what came last counts
+                shown.block(block)[:] = found.tobytes()
 
         what = (blocks, {}, number, sink if codec else None, codec)
         self._call(calls.PullCalled, pulled, *what, failed=lambda error: self._retry(error, then))
@@ -296,7 +303,7 @@ class Cluster:
         self.job, self.lease, self.sharing = job, lease, sharing
         self.push_codec, self.pull_codec = push_codec, pull_codec
         self.region_numbers = count(1)
-        self.history = History(mode, staleness, sharing)
+        self.history = History(mode, staleness, sharing, ROUNDING.get(pull_codec.number, 0.0))
         self.spec = ModelSpec((Tensor("marks", "float32", (shards * ELEMENTS,)),), (SGD(lr=1.0),))
         self.settings = Settings(
             mode=mode,
