@@ -189,17 +189,24 @@ def bench() -> None:
     "--repeat", default=9, show_default=True, type=click.IntRange(3), help="Runs of each; medians are printed."
 )
 @click.option("--shards", default=1, show_default=True, type=click.IntRange(1, 64), help="Shard processes.")
+@click.option(
+    "--optimizer",
+    default="sgd",
+    show_default=True,
+    type=click.Choice(["sgd", "adam"]),
+    help="What a push is applied by.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def pushpull(sizes: str, repeat: int, shards: int, as_json: bool) -> int:
+def pushpull(sizes: str, repeat: int, shards: int, optimizer: str, as_json: bool) -> int:
     """Push and pull, from 100 bytes to 100 MB, beside memory copy, raw TCP and bare pyzmq.
 
     \b
     shoal bench pushpull
-    shoal bench pushpull --sizes 4MB,100MB --json
+    shoal bench pushpull --sizes 4MB,100MB --optimizer adam --json
     """
     from .bench.pushpull import main as measure
 
-    return measure(sizes, repeat, shards, as_json)
+    return measure(sizes, repeat, shards, optimizer, as_json)
 
 
 @bench.command()

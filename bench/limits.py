@@ -2,7 +2,8 @@
 
 What each is
 - copy: `numpy.copyto` of the payload into a warm buffer, one thread. Any push or pull that is not shared memory does more.
-- sgd: `w.add_(g, alpha=-lr)` by torch, in place, one thread: the least that applying a push can cost.
+- update: one step of the optimizer by torch, in place, one thread: the least that applying a push can cost. For `sgd`
+  `w.add_(g, alpha=-lr)`; for `adam` torch's own fused one on the whole tensor.
 - tcp: a bare socket to another process on loopback. Push: the payload goes, and one byte comes back when all of it has been
   received. Pull: one byte goes, and the payload comes back. The least that any transport over TCP can cost.
 - zmq: a bare DEALER to a bare ROUTER in another process, a small header and a payload frame sent and received without a copy, cut
@@ -44,17 +45,20 @@ _HEADER = bytes(32)
 
 
 @contextmanager
-def memory(nbytes: int) -> Iterator[Calls]:
-    """The limits within this process: `copy` and `sgd`."""
+def memory(nbytes: int, optimizer: str = "sgd") -> Iterator[Calls]:
+    """The limits within this process: `copy` and `update`, by `sgd` or `adam`."""
     import numpy as np
     import torch
 
     source, target = np.ones(nbytes // 4, np.float32), np.ones(nbytes // 4, np.float32)
     weights, gradient = torch.from_numpy(target), torch.from_numpy(source)
+    weights.grad = gradient
+    adam = torch.optim.Adam([weights], lr=LR, fused=True)
+    update: Callable[[], object] = adam.step if optimizer == "adam" else lambda: weights.add_(gradient, alpha=-LR)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a shard has
     try:
-        yield {"copy": lambda: np.copyto(target, source), "sgd": lambda: weights.add_(gradient, alpha=-LR)}
+        yield {"copy": lambda: np.copyto(target, source), "update": update}
     finally:
         torch.set_num_threads(threads)
 

@@ -1,7 +1,7 @@
 """`shoal bench pushpull`: seconds of a push and of a pull, beside the limits of the machine in the same run.
 
 What is timed, for each size, with one coordinator, some shards and one worker (this process) on this machine
-- push: `worker.push(worker.buffers.gradients).result()`, from the call until every shard has applied it (SGD) and said so.
+- push: `worker.push(worker.buffers.gradients).result()`, from the call until every shard has applied it and said so.
 - pull: `worker.pull(out=worker.buffers.weights)` after a push, so that every block has changed, until the values are there.
 - push_streamed: seconds a push of several in a row, each waited for when the next is under way: it is looked through for NaN
   while the one before is applied. What a training loop sees that does not wait either.
@@ -39,12 +39,13 @@ from .. import __version__
 from ..launch.cluster import LocalCluster
 from ..launch.connect import connect
 from ..launch.settings import BadFlag
-from ..protocol.rules import SGD
+from ..protocol.rules import SGD, Adam
 from . import limits
 from .table import show, size_text
 
 SIZES = tuple(10**power for power in range(2, 9))
 LARGEST = 10**9
+OPTIMIZERS = {"sgd": SGD(lr=limits.LR), "adam": Adam(lr=limits.LR)}
 UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6}
 WARM_UP = 2
 MOST_ROUNDS = 100
@@ -55,12 +56,13 @@ STREAM = 8
 WAYS = ("push", "push_streamed", "pull", "push_own", "pull_own")
 
 
-def main(sizes: str = "", repeat: int = 9, shards: int = 1, as_json: bool = False) -> int:
+def main(sizes: str = "", repeat: int = 9, shards: int = 1, optimizer: str = "sgd", as_json: bool = False) -> int:
     """Measure, and print.
 
     Args:
         sizes: as typed: "100,10kB,2.5MB"; empty for 100 B to 100 MB.
         repeat: repetitions.
+        optimizer: what the shards do with a push: `sgd` or `adam`.
 
     Raises:
         BadFlag: `sizes` cannot be read. ShoalError: a process did not start or does not answer.
@@ -69,11 +71,12 @@ def main(sizes: str = "", repeat: int = 9, shards: int = 1, as_json: bool = Fals
     found = []
     for number, nbytes in enumerate(wanted, 1):
         click.echo(f"measuring {size_text(nbytes)} ({number} of {len(wanted)})", err=True)
-        found.append(figures(nbytes, measure_size(nbytes, repeat, shards)))
+        found.append(figures(nbytes, measure_size(nbytes, repeat, shards, optimizer)))
     report = {
         "machine": machine(),
         "transport": os.environ.get("SHOAL_TRANSPORT") or "auto",
         "shards": shards,
+        "optimizer": optimizer,
         "repeat": repeat,
         "sizes": found,
     }
@@ -105,26 +108,31 @@ def _read_size(typed: str) -> int:
     return int(size)
 
 
-def measure_size(nbytes: int, repeat: int, shards: int) -> dict[str, float]:
+def measure_size(nbytes: int, repeat: int, shards: int, optimizer: str = "sgd") -> dict[str, float]:
     """Seconds of every contender."""
     with ExitStack() as stack:
         contenders = [
             stack.enter_context(contender)
-            for contender in (ours(nbytes, shards), limits.memory(nbytes), limits.tcp(nbytes), limits.zeromq(nbytes))
+            for contender in (
+                ours(nbytes, shards, optimizer),
+                limits.memory(nbytes, optimizer),
+                limits.tcp(nbytes),
+                limits.zeromq(nbytes),
+            )
         ]
         seconds = measure(contenders, repeat, max(1, min(MOST_ROUNDS, BYTES_OF_ROUNDS // nbytes)))
         return seconds | {"push_streamed": seconds["push_streamed"] / STREAM}
 
 
 @contextmanager
-def ours(nbytes: int, shards: int) -> Iterator[limits.Calls]:
+def ours(nbytes: int, shards: int, optimizer: str = "sgd") -> Iterator[limits.Calls]:
     """A cluster and a worker, and what is timed of it: `push` and `pull`."""
     gradient, out = np.ones(nbytes // 4, np.float32), np.ones(nbytes // 4, np.float32)
     with (
         LocalCluster(bind="127.0.0.1", shards=shards, mode="async", staleness=math.inf, min_workers=1) as cluster,
         connect(cluster.join, wait_timeout=limits.TIMEOUT) as worker,
     ):
-        worker.register({"w": out}, optimizer=SGD(lr=limits.LR))
+        worker.register({"w": out}, optimizer=OPTIMIZERS[optimizer])
         filled = []
         for _ in range(3):  # lent arrays hold anything until they are written
             worker.buffers.gradients["w"][:] = 1
@@ -173,7 +181,7 @@ def figures(nbytes: int, seconds: dict[str, float]) -> dict[str, Any]:
 
     def ratios(way: str) -> dict[str, float]:
         wire = way.partition("_")[0]
-        beside = {"of_copy": "copy", "of_sgd": "sgd", "of_tcp": f"tcp_{wire}", "of_zmq": f"zmq_{wire}"}
+        beside = {"of_copy": "copy", "of_update": "update", "of_tcp": f"tcp_{wire}", "of_zmq": f"zmq_{wire}"}
         return {name: _short(seconds[limit] / seconds[way]) for name, limit in beside.items()}
 
     ways = {way: speed(way) | ratios(way) for way in WAYS}

@@ -27,23 +27,23 @@ def show(report: dict[str, Any]) -> None:
             f"{machine['cpus']} CPUs, {machine['platform']}\n"
             f"Python {machine['python']}, torch {machine['torch']}, pyzmq {machine['pyzmq']} (libzmq {machine['libzmq']}), "
             f"shoal {machine['shoal']}\n"
-            f"{shards} shard{'s' * (shards > 1)}, 1 worker, medians of {report['repeat']}; "
+            f"{shards} shard{'s' * (shards > 1)}, 1 worker, updates by {report['optimizer']}, medians of {report['repeat']}; "
             "a ratio is limit / ours: 1.00 is as fast as the limit\n"
         )
     )
     for way in ("push", "push_streamed", "pull", "push_own", "pull_own"):
         head: tuple[str, ...] = (
             way.replace("_", ", "),
-            *("size", "time", "MB/s", "of copy", "of SGD", "of TCP", "of ZeroMQ"),
+            *("size", "time", "MB/s", "of copy", "of update", "of TCP", "of ZeroMQ"),
         )
         _table(console, head, (_row(size, size[way]) for size in report["sizes"]))
-    names = ("copy", "sgd", "tcp_push", "tcp_pull", "zmq_push", "zmq_pull")
-    head = ("limits", "size", "copy", "SGD", "TCP push", "TCP pull", "ZeroMQ push", "ZeroMQ pull")
+    names = ("copy", "update", "tcp_push", "tcp_pull", "zmq_push", "zmq_pull")
+    head = ("limits", "size", "copy", "update", "TCP push", "TCP pull", "ZeroMQ push", "ZeroMQ pull")
     _table(console, head, (("", *_limits(size, names)) for size in report["sizes"]))
 
 
 def _row(size: dict[str, Any], way: dict[str, float]) -> tuple[str, ...]:
-    ratios = (f"{way[name]:.2f}" for name in ("of_copy", "of_sgd", "of_tcp", "of_zmq"))
+    ratios = (f"{way[name]:.2f}" for name in ("of_copy", "of_update", "of_tcp", "of_zmq"))
     return "", size_text(size["bytes"]), time_text(way["seconds"]), speed_text(way["mb_per_s"]), *ratios
 
 

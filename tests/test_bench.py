@@ -21,8 +21,8 @@ from shoal.launch.settings import BadFlag
 from shoal.protocol.errors import ShoalError
 from shoal.protocol.layout import BLOCK_BYTES
 
-LIMITS = ["copy", "sgd", "tcp_push", "tcp_pull", "zmq_push", "zmq_pull"]
-RATIOS = {"of_copy": "copy", "of_sgd": "sgd", "of_tcp": "tcp_{}", "of_zmq": "zmq_{}"}
+LIMITS = ["copy", "update", "tcp_push", "tcp_pull", "zmq_push", "zmq_pull"]
+RATIOS = {"of_copy": "copy", "of_update": "update", "of_tcp": "tcp_{}", "of_zmq": "zmq_{}"}
 
 
 @pytest.mark.parametrize(
@@ -82,12 +82,12 @@ def test_the_module_is_the_same_command(tmp_path: Path) -> None:
 
 def test_one_run_gives_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     """Standard output is one JSON object with times, speeds, ratios and limits of each size; progress is on standard error."""
-    assert 0 == pushpull.main("100,10kB", 1, 1, True)
+    assert 0 == pushpull.main("100,10kB", 1, 1, as_json=True)
 
     said = capsys.readouterr()
     report = json.loads(said.out)
     assert ["measuring 100 B (1 of 2)", "measuring 10 kB (2 of 2)"] == said.err.splitlines()
-    assert ["machine", "transport", "shards", "repeat", "sizes"] == list(report)
+    assert ["machine", "transport", "shards", "optimizer", "repeat", "sizes"] == list(report)
     assert {"cpus", "platform", "python", "torch", "pyzmq", "libzmq", "shoal"} == set(report["machine"])
     assert all(report["machine"].values())
     assert "auto" == report["transport"]
@@ -105,11 +105,11 @@ def test_one_run_gives_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
             assert speed["seconds"] > 0
 
 
-@pytest.mark.parametrize("own", ["", "_own"])
-def test_a_push_changes_every_value_and_a_pull_brings_it(own: str) -> None:
-    """What is timed does what it says: SGD over the whole tensor of every shard, and its new values in the caller's array."""
+@pytest.mark.parametrize(("own", "optimizer"), [("", "sgd"), ("_own", "sgd"), ("", "adam")])
+def test_a_push_changes_every_value_and_a_pull_brings_it(own: str, optimizer: str) -> None:
+    """What is timed does what it says: a step over the whole tensor of every shard, and its new values in the caller's array."""
     nbytes = 3 * 4096
-    with pushpull.ours(nbytes, shards=2) as calls:
+    with pushpull.ours(nbytes, shards=2, optimizer=optimizer) as calls:
         before: Any = calls["pull" + own]()
         start = before["w"].copy()
         calls["push" + own]()
@@ -131,11 +131,17 @@ def test_the_memory_limits_write_where_they_should() -> None:
     try:
         with limits.memory(400) as calls:
             assert 1 == torch.get_num_threads()
-            first: Any = calls["sgd"]()
+            first: Any = calls["update"]()
             assert torch.full((100,), 1.0 - limits.LR).equal(first)
             calls["copy"]()
             assert torch.ones(100).equal(first)
         assert 2 == torch.get_num_threads()
+        with limits.memory(400, "adam") as calls:
+            calls["update"]()
+            stepped: Any = calls["update"]
+            assert torch.full((100,), 1.0 - limits.LR).allclose(
+                stepped.__self__.param_groups[0]["params"][0], atol=1e-8
+            )
     finally:
         torch.set_num_threads(1)
 
@@ -206,7 +212,7 @@ def test_an_interrupted_run_ends_what_it_started(monkeypatch: pytest.MonkeyPatch
     left: list[str] = []
 
     @contextmanager
-    def ours(nbytes: int, shards: int) -> Iterator[limits.Calls]:
+    def ours(nbytes: int, shards: int, optimizer: str = "sgd") -> Iterator[limits.Calls]:
         try:
             yield {}
         finally:
@@ -252,8 +258,8 @@ def test_small_sizes_have_more_rounds(nbytes: int, rounds: int, monkeypatch: pyt
         yield {name: lambda: None}
 
     for name in ("memory", "tcp", "zeromq"):
-        monkeypatch.setattr(limits, name, lambda nbytes, name=name: named(f"{name} {nbytes}"))
-    monkeypatch.setattr(pushpull, "ours", lambda nbytes, shards: named(f"ours {nbytes} {shards}"))
+        monkeypatch.setattr(limits, name, lambda *asked, name=name: named(" ".join(map(str, (name, *asked)))))
+    monkeypatch.setattr(pushpull, "ours", lambda *asked: named(" ".join(map(str, ("ours", *asked)))))
     seen: list[Any] = []
 
     def measure(contenders: Any, *rest: Any) -> dict[str, float]:
@@ -261,9 +267,9 @@ def test_small_sizes_have_more_rounds(nbytes: int, rounds: int, monkeypatch: pyt
         return {"push_streamed": 8.0, "push": 2.0}
 
     monkeypatch.setattr(pushpull, "measure", measure)
-    assert {"push_streamed": 8.0 / pushpull.STREAM, "push": 2.0} == pushpull.measure_size(nbytes, 5, 2)
+    assert {"push_streamed": 8.0 / pushpull.STREAM, "push": 2.0} == pushpull.measure_size(nbytes, 5, 2, "adam")
 
-    names = [[f"ours {nbytes} 2"], *([f"{name} {nbytes}"] for name in ("memory", "tcp", "zeromq"))]
+    names = [[f"ours {nbytes} 2 adam"], [f"memory {nbytes} adam"], [f"tcp {nbytes}"], [f"zeromq {nbytes}"]]
     assert [(names, 5, rounds)] == seen
 
 
@@ -273,7 +279,7 @@ def report_of(*sizes: int) -> dict[str, Any]:
     for nbytes in sizes:
         seconds = dict.fromkeys(pushpull.WAYS, nbytes * 1e-6) | dict.fromkeys(LIMITS, nbytes * 0.25e-6)
         found.append(pushpull.figures(nbytes, seconds))
-    return {"machine": pushpull.machine(), "shards": 2, "repeat": 9, "sizes": found}
+    return {"machine": pushpull.machine(), "shards": 2, "optimizer": "adam", "repeat": 9, "sizes": found}
 
 
 def test_the_table_is_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,15 +288,18 @@ def test_the_table_is_plain_lines_where_there_is_no_terminal(capsys: pytest.Capt
 
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines()]
-    assert "2 shards, 1 worker, medians of 9; a ratio is limit / ours: 1.00 is as fast as the limit" in out
+    assert (
+        "2 shards, 1 worker, updates by adam, medians of 9; a ratio is limit / ours: 1.00 is as fast as the limit"
+        in out
+    )
     assert "\x1b" not in out
     for row in (
-        "push size time MB/s of copy of SGD of TCP of ZeroMQ",
-        "pull, own size time MB/s of copy of SGD of TCP of ZeroMQ",
+        "push size time MB/s of copy of update of TCP of ZeroMQ",
+        "pull, own size time MB/s of copy of update of TCP of ZeroMQ",
         "100 B 100 µs 1.00 0.25 0.25 0.25 0.25",
         "2.5 kB 2.50 ms 1.00 0.25 0.25 0.25 0.25",
         "10 MB 10.0 s 1.00 0.25 0.25 0.25 0.25",
-        "limits size copy SGD TCP push TCP pull ZeroMQ push ZeroMQ pull",
+        "limits size copy update TCP push TCP pull ZeroMQ push ZeroMQ pull",
         "100 B" + 6 * " 25.0 µs",
         "10 MB" + 6 * " 2.50 s",
     ):
@@ -326,7 +335,7 @@ def test_the_wins_are_kept() -> None:
         with limits.memory(nbytes) as memory, pushpull.ours(nbytes, shards=1) as calls:
             seconds = pushpull.measure([{name: calls[name] for name in ("push", "pull")}, memory], 5, 1)
         best["pull"] = max(best["pull"], seconds["copy"] / seconds["pull"])
-        best["push"] = max(best["push"], seconds["sgd"] / seconds["push"])
+        best["push"] = max(best["push"], seconds["update"] / seconds["push"])
         if min(best.values()) >= 0.4:
             return
     raise AssertionError(f"of the limit: {best}")
