@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional
 
 from ..launch.connect import connect
+from ..protocol.errors import NonFiniteError
 from ..protocol.stale import Compensate, Option
 from .limits import TIMEOUT
 
@@ -85,7 +86,7 @@ class Racer:
                 for ddp: workers, store (a file that is not there yet), steps.
 
         Returns:
-            steps, seconds; the curve as [seconds, loss], of racer 0; how often which staleness was seen.
+            steps, seconds, fewer if it diverged; the curve as [seconds, loss], of racer 0; how often which staleness was seen.
         """
         net = network(order["seed"])
         with ExitStack() as stack:
@@ -103,7 +104,11 @@ class Racer:
                     break
                 time.sleep(max(0.0, order["compute"] - self.arithmetic))
                 self._gradient(module, torch.randint(len(self.x), (BATCH,), generator=batches))
-                finish()
+                try:
+                    finish()
+                except NonFiniteError:  # it has diverged: from here on there is no loss to speak of
+                    kept.append((now, [torch.full_like(p, torch.nan) for p in net.parameters()]))
+                    break
                 steps += 1
             found: dict[str, Any] = {"steps": steps, "seconds": now, "staleness": staleness()}
         return found | {"curve": [(at, self._loss_of(net, weights)) for at, weights in kept]}

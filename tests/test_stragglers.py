@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -17,7 +18,7 @@ from shoal import cli
 from shoal.bench import racer, standings, stragglers
 from shoal.bench.stragglers import Case, Plan, Race
 from shoal.launch.settings import BadFlag
-from shoal.protocol.errors import ShoalError
+from shoal.protocol.errors import NonFiniteError, ShoalError
 
 
 @pytest.mark.parametrize(("typed", "read"), [("2", (2,)), ("4,2, 4", (4, 2)), ("2,3,4", (2, 3, 4))])
@@ -167,3 +168,20 @@ def test_a_racer_computes_what_it_says() -> None:
     assert sum(p.numel() for p in racer.network(0).parameters()) == 9610
     assert one.loss(racer.network(3)) == one.loss(racer.network(3)) != one.loss(racer.network(4))
     assert isfinite(one.arithmetic) and one.arithmetic > 0
+
+
+def test_a_racer_that_diverges_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its curve ends in NaN, and the race goes on without it: a large learning rate is what is being compared."""
+    steps = iter([None, None])
+
+    def finish() -> None:
+        if next(steps, "no more") == "no more":
+            raise NonFiniteError("the gradient of '0.weight' holds NaN or infinity")
+
+    monkeypatch.setattr(racer, "_shoal", lambda number, net, order, stack: (net, finish, dict))
+    order = {"way": "shoal", "seed": 0, "lr": 1.0, "compute": 0.0, "seconds": 60.0}
+
+    found = racer.Racer(0).race(order)
+    assert 2 == found["steps"]
+    assert math.isnan(found["curve"][-1][1])
+    assert math.isfinite(found["curve"][0][1])
