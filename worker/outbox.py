@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..protocol.frames import payload_bytes
 from ..protocol.messages import Operation
 
-WINDOW_BYTES = 32 * 1024 * 1024
+WINDOW_BYTES = 16 * 1024 * 1024
 WINDOW = 1024
 
 
