@@ -241,8 +241,8 @@ class Coordinator:
                 self._cluster(life)
 
     def _inform(self, held: Held, view: View | None = None) -> None:
-        """Send a shard what it lacks: the model first, then the view. Each is repeated after a while, and of views one is under way at
-        a time: a thousand workers who come at once would cost a million lines otherwise (SPEC §3.2.1)."""
+        """Send a shard what it lacks: the model first, then the view. Each is repeated after a while, and of views one is under way
+        at a time: many workers who come at once would cost the square of their number (SPEC §3.2.1)."""
         if self._lacks_model(held) and self.now - held.model_sent_at >= RETRY:
             held.model_sent_at = self.now
             assert self._model is not None

@@ -52,6 +52,11 @@ class Outbox:
         return self._sent
 
     @property
+    def unsent(self) -> bool:
+        """Is there anything that has not been sent, or is to be sent again?"""
+        return self._sent < self._last
+
+    @property
     def acknowledged(self) -> int:
         return self._last - len(self._kept)
 
