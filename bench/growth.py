@@ -224,6 +224,8 @@ def _draw_cost(axis: str, rows: list[dict[str, Any]]) -> Callable[[Any], None]:
         for way in WAYS:
             pane.loglog([row[axis] for row in taken], [1e3 * row[way] for row in taken], marker="o", label=way)
         pane.set_ylabel("milliseconds")
+        times = [1e3 * row[way] for row in taken for way in WAYS] or [1.0]
+        pane.set_ylim(min(times) / 3, max(times) * 3)  # at least a decade: noise must not fill the picture
         pane.legend()
 
     return fill
