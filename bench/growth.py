@@ -189,7 +189,7 @@ def _pyplot() -> Any:
             "--plot needs matplotlib, which is not installed", hint="pip install 'shoal[plot]', or matplotlib alone"
         ) from None
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "shoal"
+    matplotlib.rcParams |= {"svg.hashsalt": "shoal", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     return pyplot

@@ -123,7 +123,7 @@ def test_counting_a_worker_in_costs_the_same_among_many() -> None:
         enter = Received(peer_of(count), m.Enter(count, SHARD, 1))
         return work(lambda: bench.core.handle(enter, bench.now))
 
-    assert one(40) < 1.2 * one(4)
+    assert one(24) < 1.2 * one(4)
 
 
 # --- the simulation
@@ -167,11 +167,12 @@ def test_a_simulated_server_does_one_thing_at_a_time(monkeypatch: pytest.MonkeyP
 # --- real processes
 
 
-def test_a_row_along_an_axis() -> None:
+def test_a_row_along_an_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every figure of a cluster of that shape."""
+    monkeypatch.setitem(cost.POINTS, "tensors", ({"bytes": 4000}, ()))
     (row,) = cost.cost_rows("tensors", (3,), repeat=1)
 
-    assert {"shards": 1, "workers": 1, "tensors": 3, "bytes": 40_000_000} == {n: row[n] for n in cost.ONE}
+    assert {"shards": 1, "workers": 1, "tensors": 3, "bytes": 4000} == {n: row[n] for n in cost.ONE}
     assert all(row[way] > 0 for way in (*cost.WAYS, "register"))
 
 
@@ -187,8 +188,9 @@ def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "peak" not in found and "push" not in found
 
 
-def test_a_shard_holds_parameters_a_snapshot_and_little_more() -> None:
+def test_a_shard_holds_parameters_a_snapshot_and_little_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 64 MB what is under way weighs more than at the 100 MB of the target; a second snapshot would be 1.5."""
+    monkeypatch.setattr(footprint, "ROUNDS", 3)
     (row,) = footprint.memory_rows((64_000_000,), ("sgd",), ("tcp",))
 
     assert 0.9 < row["steady_ratio"] <= row["peak_ratio"] < 1.3
@@ -197,7 +199,7 @@ def test_a_shard_holds_parameters_a_snapshot_and_little_more() -> None:
 
 def test_idle_workers_are_counted() -> None:
     """Shares of a core for each number of workers, and the difference for one."""
-    found = footprint.idle_rows((1, 3), seconds=1.2, shards=1)
+    found = footprint.idle_rows((1, 3), seconds=1.1, shards=1)
 
     assert [1, 3] == [row["workers"] for row in found["rows"]]
     assert all(0 < row[name] < 1 for row in found["rows"] for name in ("coordinator", "shards"))
