@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check lint types tests soak examples bench bench-peers clean
+.PHONY: help demo test check lint types tests soak examples bench bench-peers bench-growth clean
 
 help:                    ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 24
@@ -45,6 +45,9 @@ bench-peers: $(BIN)/shoal  ## the same beside torch RPC, Ray, gloo and raw ZeroM
 	test -x .peers/bin/shoal || { $(PYTHON) -m venv .peers && \
 	.peers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . -r bench/peers.txt; }
 	.peers/bin/shoal bench peers --plot docs/peers
+
+bench-growth: $(BIN)/shoal  ## time, memory and idle load as shards, workers, tensors and bytes grow; a thousand workers are simulated
+	$(BIN)/shoal bench growth
 
 clean:                   ## everything that was made here
 	rm -rf $(VENV) .peers .typing build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -304,6 +304,27 @@ def stragglers(workers: str, only: str | None, rates: str, plot: str, as_json: b
     return measure(Plan(read_workers(workers), parts, rates=read_rates(rates), **given), as_json, plot)
 
 
+@bench.command()
+@click.option(
+    "--only", default="", metavar="PART,…", help="Some of: shards,workers,tensors,bytes,memory,idle,simulated."
+)
+@click.option(
+    "--repeat", default=9, show_default=True, type=click.IntRange(3), help="Runs of each; medians are printed."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--plot", default="", metavar="PATH", help="Draw PATH.png and PATH.svg, too.")
+def growth(only: str, repeat: int, as_json: bool, plot: str) -> int:
+    """What grows with shards, workers, tensors and bytes: time, memory, idle load; a thousand workers are simulated.
+
+    \b
+    shoal bench growth
+    shoal bench growth --only memory,idle --json
+    """
+    from .bench.growth import main as measure
+
+    return measure(only, repeat, as_json, plot)
+
+
 def joining(given: str | None, needed: bool = False) -> str:
     """The join string: the flag, $SHOAL_JOIN, shoal.toml; else the server on this machine."""
     found = str(settle([JOIN], {"join": given}, "worker")["join"])

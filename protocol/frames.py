@@ -17,6 +17,7 @@ import msgpack
 
 from .errors import ProtocolError
 from .messages import Answer, Buffer, Echo, Echoed, Fill, Message, Model, Push, Refused, Register, Share, Values
+from .records import Member, Place
 from .schema import Check, Malformed, checks_of
 
 VERSION = 1
@@ -40,12 +41,13 @@ _KINDS: dict[int, tuple[type[Any], tuple[Check, ...]]] = {
     kind.TYPE: (kind, checks_of(kind)) for kind in get_args(Message)
 }
 _FIELDS = {kind: _getter(kind) for kind in get_args(Message)}
+_RECORDS = {kind: _getter(kind) for kind in (Place, Member)}
 _HAS_BUFFERS = frozenset(_ONE_BUFFER + _A_BUFFER_A_BLOCK)
 
 
 def _plain(value: Any) -> Any:
     """Records inside a header become arrays."""
-    return [getattr(value, field.name) for field in fields(value)]
+    return _RECORDS[type(value)](value)
 
 
 def encode(message: Message) -> list[Buffer]:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 
 from .model import ITEMSIZE, ModelSpec
 from .regions import Plan, plan
@@ -97,6 +99,12 @@ class Layout:
         for block in self.blocks:
             owned[block.shard].append(block)
         return tuple(map(tuple, owned))
+
+    def pieces_in(self, block: Block) -> tuple[Piece, ...]:
+        """What lies, in whole or in part, in a block, in order. Found by halving: there may be a million tensors."""
+        pieces = self.flats[block.flat].pieces
+        first = bisect_right(pieces, block.start, key=attrgetter("stop"))
+        return pieces[first : bisect_left(pieces, block.stop, key=attrgetter("start"))]
 
 
 def lay_out(spec: ModelSpec, shards: int, block_bytes: int = BLOCK_BYTES) -> Layout:

@@ -87,6 +87,24 @@ def pairing(*items: Check) -> Check:
     return check
 
 
+def marks(most: int) -> Check:
+    """A list of pairs of 64-bit numbers. A shard reports one for each worker each second, so this is one loop and no calls."""
+    top = 2**64 - 1
+
+    def check(value: Any) -> tuple[Any, ...]:
+        if type(value) is not tuple or len(value) > most:
+            raise Malformed(f"not a list of at most {most}")
+        for pair in value:
+            if type(pair) is not tuple or len(pair) != 2:
+                raise Malformed("not a list of 2")
+            first, second = pair
+            if not (type(first) is int and type(second) is int and 0 <= first <= top and 0 <= second <= top):
+                raise Malformed(f"{_shown(first)} or {_shown(second)} is not an integer in [0, {top}]")
+        return value
+
+    return check
+
+
 U32 = Annotated[int, integer(0, 2**32 - 1)]
 U63 = Annotated[int, integer(0, 2**63 - 1)]
 U64 = Annotated[int, integer(0, 2**64 - 1)]
@@ -103,7 +121,7 @@ Indices = Annotated[tuple[int, ...], listing(integer(0, 2**32 - 1), 65_536)]
 Numbers = Annotated[tuple[tuple[str, float], ...], listing(pairing(_text, _any_real), 1024)]
 """Named numbers for people to read: these may be NaN."""
 
-Marks = Annotated[tuple[tuple[int, int], ...], listing(pairing(_u64, _u64), 4096)]
+Marks = Annotated[tuple[tuple[int, int], ...], marks(4096)]
 Hyper = Annotated[tuple[tuple[float, ...], ...], listing(listing(_real, 16), 4096)]
 Requests = Annotated[tuple[int, ...], listing(_u64, 64)]
 Refusals = Annotated[tuple[tuple[int, str, str], ...], listing(pairing(_u64, _text, _text), 8)]

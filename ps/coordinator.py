@@ -202,8 +202,7 @@ class Coordinator:
             self._new_epoch()
         if before != (held.filled, held.digest):
             self._filling_changed(unfilled)
-        elif (held.epoch < self.epoch or self._lacks_model(held)) and self.now - held.sent_at >= RETRY:
-            self._inform(held)
+        self._inform(held)
 
     def _shards_changed(self) -> None:
         """A shard has come."""
@@ -233,26 +232,28 @@ class Coordinator:
 
     def _new_epoch(self, cluster: bool = False) -> None:
         self.epoch += 1
+        view = self._view()
         for held in self.shards:
-            self._inform(held)
+            self._inform(held, view)
         if cluster:
             self._cluster_epoch = self.epoch
             for life in self.members:
                 self._cluster(life)
 
-    def _inform(self, held: Held) -> None:
-        """Send a shard what it lacks: the model first, then the view."""
-        held.sent_at = self.now
+    def _inform(self, held: Held, view: View | None = None) -> None:
+        """Send a shard what it lacks: the model first, then the view. Each is repeated after a while, and of views one is under way
+        at a time: many workers who come at once would cost the square of their number (SPEC §3.2.1)."""
         if self._lacks_model(held) and self.now - held.model_sent_at >= RETRY:
             held.model_sent_at = self.now
             assert self._model is not None
             self._send(held.peer, self._model)
-        if held.epoch < self.epoch:
-            members = tuple(Member(life.incarnation, life.name, life.registered > 0) for life in self.members)
-            view = View(
-                self.run, self.epoch, self.settings.mode, self.settings.staleness, self._filler, self._quorum, members
-            )
-            self._send(held.peer, view)
+        if held.epoch < self.epoch and (held.epoch >= held.told or self.now - held.told_at >= RETRY):
+            held.told, held.told_at = self.epoch, self.now
+            self._send(held.peer, view or self._view())
+
+    def _view(self) -> View:
+        s, members = self.settings, (Member(life.incarnation, life.name, life.registered > 0) for life in self.members)
+        return View(self.run, self.epoch, s.mode, s.staleness, self._filler, self._quorum, tuple(members))
 
     @property
     def _quorum(self) -> int:
@@ -274,7 +275,8 @@ class Coordinator:
     def _join(self, peer: Peer, join: Join) -> None:
         life = self.members.get(join.incarnation)
         if life is not None:
-            life.peer, life.renewed_at = peer, self.now  # it lives, though no welcome has reached it yet
+            life.peer = peer
+            self.members.renew(life, self.now)  # it lives, though no welcome has reached it yet
             return self._send(peer, self._welcome(life))
         if not self.shards.ready:
             self._lobby.wait(peer, join, self.now)
@@ -325,7 +327,8 @@ class Coordinator:
         life = self._known(peer, renew.incarnation)
         if life is None:
             return
-        life.renewed_at, life.entered = self.now, renew.entered
+        life.entered = renew.entered
+        self.members.renew(life, self.now)
         for peer_, _join in self._lobby.contesting(life.name):
             text = f"a live worker on {life.host} (pid {life.pid}) is named {life.name!r} already"
             self._send(peer_, Refused(0, "name", text))
@@ -510,8 +513,7 @@ class Coordinator:
         for held in self.shards.close_ranks(self.now):
             self._send(held.peer, Evicted(held.place.incarnation))
         for held in self.shards:
-            if self.now - held.sent_at >= RETRY and (held.epoch < self.epoch or self._lacks_model(held)):
-                self._inform(held)
+            self._inform(held)
 
     def _inquire(self, peer: Peer, message: Inquire) -> None:
         body = json.dumps(status(self), allow_nan=False).encode()

@@ -3,12 +3,15 @@
 Rules
 - An incarnation lives once. What has ended stays ended.
 - A name has one live worker; a supervisor's restart (a higher attempt) takes the name over.
+- What is asked with every message costs the same however many there are: all leases are of one length, so they end in the order
+  in which they were renewed.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+from itertools import takewhile
 from math import inf
 
 from ..protocol.effects import Peer
@@ -60,6 +63,10 @@ class Members:
     def __init__(self, lease: float) -> None:
         self._lease = lease
         self._live: dict[int, Life] = {}
+        """In the order of joining."""
+        self._by_name: dict[str, Life] = {}
+        self._renewed: OrderedDict[int, Life] = OrderedDict()
+        """The same, the lease that ends next first."""
         self._numbers: dict[str, int] = {}
         self._ended: OrderedDict[int, None] = OrderedDict()
         self._recent: deque[Life] = deque(maxlen=SHOWN)
@@ -82,11 +89,11 @@ class Members:
         return list(self._recent)
 
     def named(self, name: str) -> Life | None:
-        return next((life for life in self._live.values() if life.name == name), None)
+        return self._by_name.get(name)
 
     @property
     def next_expiry(self) -> float:
-        return min((life.renewed_at for life in self._live.values()), default=inf) + self._lease
+        return next((life.renewed_at for life in self._renewed.values()), inf) + self._lease
 
     def holder(self, join: Join) -> Life | None:
         """The live worker whose name this join takes over.
@@ -107,17 +114,24 @@ class Members:
         """A new life begins. `holder` must have been asked, and its answer ended, before."""
         number = self._numbers.setdefault(join.name, len(self._numbers))
         life = Life(join.incarnation, number, join.name, join.attempt, join.host, join.pid, peer, now, now)
-        self._live[join.incarnation] = life
+        self._live[join.incarnation] = self._by_name[join.name] = self._renewed[join.incarnation] = life
         return life
+
+    def renew(self, life: Life, now: float) -> None:
+        """A live worker's lease begins anew."""
+        life.renewed_at = now
+        self._renewed.move_to_end(life.incarnation)
 
     def expired(self, now: float) -> list[Life]:
         """Those whose lease has ended."""
-        return [life for life in self._live.values() if now - life.renewed_at >= self._lease]
+        return list(takewhile(lambda life: now - life.renewed_at >= self._lease, self._renewed.values()))
 
     def end(self, life: Life, state: str) -> None:
         """A life ends, as `lost`, `left` or `replaced`."""
         life.state, life.entered = state, False
-        del self._live[life.incarnation]
+        for held in (self._live, self._renewed):
+            del held[life.incarnation]
+        del self._by_name[life.name]
         self._ended[life.incarnation] = None
         self._recent.append(life)
         while len(self._ended) > REMEMBERED:

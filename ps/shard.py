@@ -277,9 +277,9 @@ class Shard:
         verdict = inbox.take(operation)
         if verdict is Verdict.QUEUED:
             self.counters["bytes_in"] += payload_bytes(operation)
-            before = (self._clocks.min, len(self._clocks), self._filled, self._opened)
+            before = (self._clocks.min, self._filled, self._opened)  # nothing else of a worker's concerns another's
             self._drain(incarnation, inbox)
-            if before != (self._clocks.min, len(self._clocks), self._filled, self._opened):
+            if before != (self._clocks.min, self._filled, self._opened):
                 self._settle()
             else:
                 self._answer(incarnation)

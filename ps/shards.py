@@ -37,7 +37,9 @@ class Held:
     floor: int = 0
     clocks: dict[int, int] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
-    sent_at: float = 0.0
+    told: int = 0
+    """The epoch of the newest view that was sent."""
+    told_at: float = -inf
     model_sent_at: float = -inf
 
 

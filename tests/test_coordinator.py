@@ -32,6 +32,12 @@ def trained(*workers: int, shards: int = 1, **settings_: Any) -> CoordinatorBenc
 
 
 def view_of(bench: CoordinatorBench, shard: int = 0) -> m.View:
+    """The newest, once the shard has confirmed the one before."""
+    views = bench.to(f"s{shard}".encode(), m.View)
+    if views[-1].epoch < bench.core.epoch:
+        held = bench.core.shards.known(SHARD + shard)
+        state = {name: getattr(held, name) for name in ("filled", "opened", "digest")}
+        bench.report(shard, epoch=views[-1].epoch, clocks=tuple(held.clocks.items()), **state)
     return bench.to(f"s{shard}".encode(), m.View)[-1]
 
 
@@ -180,6 +186,35 @@ def test_the_quorum_forgets_those_who_died_since() -> None:
     bench.report(opened=True)
 
     assert [3, 3, 3, 2, 0] == [*quorums, view_of(bench).quorum]
+
+
+def test_a_crowd_costs_a_shard_one_view_at_a_time() -> None:
+    """What many joins change is held back until the shard has confirmed the view before, and then told at once (§3.2.1)."""
+    bench = trained(1)
+    before = len(bench.to(b"s0", m.View))
+    for worker in range(2, 102):
+        bench.join(worker)
+    held_back = bench.to(b"s0", m.View)[before:]
+    assert [2] == [len(view.members) for view in held_back]
+
+    bench.report(epoch=held_back[0].epoch)
+    last = bench.to(b"s0", m.View)[-1]
+    assert (before + 2, 101, bench.core.epoch) == (len(bench.to(b"s0", m.View)), len(last.members), last.epoch)
+    bench.report()
+    bench.after(1.0)
+    assert before + 2 == len(bench.to(b"s0", m.View)), "it has confirmed the newest"
+
+
+def test_a_view_that_was_lost_is_repeated_each_second() -> None:
+    """And what has changed since is in it, confirmed or not (§3.2.1)."""
+    bench = trained(1)
+    before = len(bench.to(b"s0", m.View))
+    bench.join(2), bench.join(3)
+    bench.after(0.9)
+    assert 1 == len(bench.to(b"s0", m.View)[before:])
+    bench.after(0.1)
+
+    assert [2, 3] == [len(view.members) for view in bench.to(b"s0", m.View)[before:]]
 
 
 def test_a_renewal_keeps_a_worker_and_tells_of_the_shards() -> None:

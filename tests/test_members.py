@@ -62,7 +62,7 @@ class MembershipMachine(RuleBasedStateMachine):
         if leave:
             self._end(life, "left")
         else:
-            life.renewed_at = self.now
+            self.members.renew(life, self.now)
 
     def _end(self, life: Life, state: str) -> None:
         self.members.end(life, state)

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 import sys
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -211,8 +213,10 @@ class Cache:
             spans.setdefault(flat, []).append((piece.start, piece.stop))
         wanted: dict[int, set[int]] = {}
         for flat, found in spans.items():
+            runs = merged(found)
             for block in self._blocks_of_flat[flat]:
-                if any(start < block.stop and stop > block.start for start, stop in found):
+                at = bisect_right(runs, block.start, key=itemgetter(1))  # the first that ends in it, or after it
+                if at < len(runs) and runs[at][0] < block.stop:
                     wanted.setdefault(block.shard, set()).add(block.index)
         return {shard: tuple(sorted(blocks)) for shard, blocks in sorted(wanted.items())}
 

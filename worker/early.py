@@ -44,7 +44,7 @@ class Early:
         for block in layout.blocks:
             if block.shard not in shards:
                 continue
-            inside = [p for p in layout.flats[block.flat].pieces if p.start < block.stop and p.stop > block.start]
+            inside = layout.pieces_in(block)
             self._tensors[block.index] = len(inside)
             for piece in inside:
                 self._blocks.setdefault(layout.spec.tensors[piece.tensor].name, []).append(block.index)

@@ -351,7 +351,7 @@ class Fleet:
                 if not pulling.open:
                     self._issue(pulling, now)
         for index, link in self.links.items():
-            if link.open:
+            if link.outbox.unsent and link.open:  # of many shards few have anything
                 for operation in link.outbox.due():
                     self._out.send(index, operation)
 

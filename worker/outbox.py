@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..protocol.frames import payload_bytes
 from ..protocol.messages import Operation
 
-WINDOW_BYTES = 32 * 1024 * 1024
+WINDOW_BYTES = 16 * 1024 * 1024
 WINDOW = 1024
 
 
@@ -50,6 +50,11 @@ class Outbox:
     @property
     def sent(self) -> int:
         return self._sent
+
+    @property
+    def unsent(self) -> bool:
+        """Is there anything that has not been sent, or is to be sent again?"""
+        return self._sent < self._last
 
     @property
     def acknowledged(self) -> int:
