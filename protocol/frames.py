@@ -15,9 +15,10 @@ from typing import Any, get_args
 
 import msgpack
 
+from .asking import Answer, Echo, Echoed
 from .errors import ProtocolError
-from .messages import Answer, Buffer, Echo, Echoed, Fill, Message, Model, Push, Refused, Register, Share, Values
-from .schema import Check, Malformed, checks_of
+from .messages import Fill, Message, Model, Push, Refused, Register, Share, Values
+from .schema import Buffer, Check, Malformed, checks_of
 
 VERSION = 1
 MAX_HEADER = 1024 * 1024
