@@ -150,6 +150,28 @@ def status(join: str | None, as_json: bool) -> int:
 
 
 @shoal.command()
+@click.argument("mode")
+@click.option("--staleness", default=None, metavar="K|inf", help="The bound in async mode; by default as it is.")
+@click.option(
+    "--join", default=None, metavar="STRING", help="Which server; by default the one on this machine. [SHOAL_JOIN]"
+)
+@click.option("--json", "as_json", is_flag=True, help="What it is now, as one JSON object.")
+def mode(mode: str, staleness: str | None, join: str | None, as_json: bool) -> int:
+    """Train on in MODE, async or sync: workers go on, and no weight or optimizer state is lost.
+
+    \b
+    shoal mode sync
+    shoal mode async --staleness 8
+    """
+    from .launch.mode import change
+
+    now = change(read_join(joining(join)), mode, staleness)
+    bound = "" if now["mode"] == "sync" else f", staleness {now['staleness']}"
+    click.echo(json.dumps(now, indent=2) if as_json else f"mode {now['mode']}{bound}, from clock {now['clock']} on")
+    return 0
+
+
+@shoal.command()
 @click.argument("join", required=False)
 @click.option("--json", "as_json", is_flag=True, help="The findings, as one JSON object.")
 def doctor(join: str | None, as_json: bool) -> int:

@@ -35,7 +35,8 @@ from ..protocol.messages import Message
 from ..protocol.model import ModelSpec, Tensor
 from ..protocol.records import Place
 from ..protocol.rules import SGD
-from ..ps.coordinator import Coordinator, Settings
+from ..ps.coordinator import Coordinator
+from ..ps.settings import Settings
 from ..ps.shard import Shard
 from ..worker import calls
 from ..worker.core import Core

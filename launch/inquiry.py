@@ -7,13 +7,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from ..protocol.asking import Answer, Echo, Echoed, Inquire, Switch, Switched
 from ..protocol.effects import COORDINATOR, Denied, Linked, Open, Received
 from ..protocol.errors import AuthError, NoServerError, VersionError
 from ..protocol.join import JoinAddress, key_text
-from ..protocol.messages import Answer, Echo, Echoed, Inquire, Message, Refused
+from ..protocol.messages import Message, Refused
 from ..worker.wires import Wires
 
 TIMEOUT = 5.0
+AGAIN = 1.0
+"""Seconds after which a request for a change is repeated."""
 
 
 class Inquiry:
@@ -44,6 +47,29 @@ class Inquiry:
     def echo(self, payload: bytes, timeout: float = TIMEOUT) -> None:
         """Send bytes there and back."""
         self._exchange(lambda request: Echo(request, (payload,)), timeout)
+
+    def switch(self, mode: str, staleness: float, timeout: float) -> Switched | Refused:
+        """Another mode, please; said again each second, for a request may be lost with a connection."""
+        deadline = time.monotonic() + timeout
+        if not self._linked:
+            self.connect(timeout)
+        self._request += 1
+        request = self._request
+        while True:
+            self._wires.send(COORDINATOR, Switch(request, mode, staleness))
+            again = time.monotonic() + AGAIN
+            last = again >= deadline
+            try:
+                answer: Switched | Refused = self._until(
+                    lambda message: isinstance(message, Switched | Refused) and message.request == request, AGAIN
+                )
+            except NoServerError:
+                if last:
+                    raise
+                continue
+            if isinstance(answer, Switched) or answer.code != "early" or last:
+                return answer
+            time.sleep(max(0.0, again - time.monotonic()))  # shards say once a second how far they are
 
     def _exchange(self, make: Callable[[int], Message], timeout: float) -> Any:
         deadline = time.monotonic() + timeout

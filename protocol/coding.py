@@ -16,7 +16,7 @@ import numpy as np
 
 from .codecs import BF16, CHUNK, FP16, INT8, RAW, TOPK, Codec, size
 from .errors import ProtocolError
-from .messages import Buffer
+from .schema import Buffer
 
 Vector: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"
 Bits: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"

@@ -15,10 +15,11 @@ from typing import Any, get_args
 
 import msgpack
 
+from .asking import Answer, Echo, Echoed
 from .errors import ProtocolError
-from .messages import Answer, Buffer, Echo, Echoed, Fill, Message, Model, Push, Refused, Register, Share, Values
-from .records import Member, Place
-from .schema import Check, Malformed, checks_of
+from .messages import Fill, Message, Model, Push, Refused, Register, Share, Values
+from .records import Member, Phase, Place
+from .schema import Buffer, Check, Malformed, checks_of
 
 VERSION = 1
 MAX_HEADER = 1024 * 1024
@@ -41,7 +42,7 @@ _KINDS: dict[int, tuple[type[Any], tuple[Check, ...]]] = {
     kind.TYPE: (kind, checks_of(kind)) for kind in get_args(Message)
 }
 _FIELDS = {kind: _getter(kind) for kind in get_args(Message)}
-_RECORDS = {kind: _getter(kind) for kind in (Place, Member)}
+_RECORDS = {kind: _getter(kind) for kind in (Place, Member, Phase)}
 _HAS_BUFFERS = frozenset(_ONE_BUFFER + _A_BUFFER_A_BLOCK)
 
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
+from .asking import Answer, Echo, Echoed, Inquire, Switch, Switched
 from .records import Member as Member
-from .records import Members, Places
+from .records import Members, Phases, Places
+from .records import Phase as Phase
 from .records import Place as Place
 from .schema import (
     I64,
     U32,
     U63,
     U64,
+    Buffers,
     Flag,
     Hyper,
     Indices,
@@ -31,10 +34,6 @@ from .schema import (
     Requests,
     Text,
 )
-
-Buffer: TypeAlias = "bytes | bytearray | memoryview"
-Buffers: TypeAlias = "tuple[Buffer, ...]"
-
 
 # --- answers that any request may get
 
@@ -79,8 +78,7 @@ class Welcome:
     worker: U32
     epoch: U64
     lease: Real
-    mode: Text
-    staleness: Real
+    phases: Phases
     nonfinite: Text
     shards: Places
 
@@ -118,6 +116,7 @@ class Cluster:
     incarnation: U64
     epoch: U64
     shards: Places
+    phases: Phases
     fill: Indices
 
 
@@ -238,6 +237,8 @@ class ShardJoin:
     index: I64
     shards: U32
     digest: Text
+    phases: Phases
+    """None before the first view; else of its last, for a coordinator that was restarted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +255,9 @@ class View:
     TYPE: ClassVar[int] = 32
     run: U64
     epoch: U64
-    mode: Text
-    staleness: Real
+    phases: Phases
+    held: Flag
+    """Apply no step that nobody has begun here yet: another phase is being agreed on (SPEC §6.5)."""
     filler: U64
     quorum: U32
     members: Members
@@ -281,6 +283,9 @@ class Report:
     filled: Flag
     opened: Flag
     floor: U64
+    held: Flag
+    highest: U63
+    """The highest clock that anybody has reached here; that will stay so while `held`."""
     clocks: Marks
     counters: Numbers
 
@@ -320,6 +325,8 @@ class Enter:
     incarnation: U64
     shard: U64
     seq: U64
+    clock: U63
+    """The worker's own; it is counted in at the least of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,40 +482,6 @@ class Unshare:
     region: U32
 
 
-# --- anyone: status and diagnosis
-
-
-@dataclass(frozen=True, slots=True)
-class Inquire:
-    TYPE: ClassVar[int] = 60
-    request: U64
-    what: Text
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """`wall` is the answerer's clock, seconds since 1970. The buffer is JSON, UTF-8."""
-
-    TYPE: ClassVar[int] = 61
-    request: U64
-    wall: Real
-    buffers: Buffers
-
-
-@dataclass(frozen=True, slots=True)
-class Echo:
-    TYPE: ClassVar[int] = 62
-    request: U64
-    buffers: Buffers
-
-
-@dataclass(frozen=True, slots=True)
-class Echoed:
-    TYPE: ClassVar[int] = 63
-    request: U64
-    buffers: Buffers
-
-
 Operation: TypeAlias = Fill | Enter | Start | Push | Pause
 
 Message: TypeAlias = (
@@ -556,4 +529,6 @@ Message: TypeAlias = (
     | Answer
     | Echo
     | Echoed
+    | Switch
+    | Switched
 )

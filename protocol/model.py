@@ -16,8 +16,8 @@ from typing import Any
 import msgpack
 
 from .errors import ConfigError, ProtocolError
-from .messages import Buffer
 from .rules import Rule
+from .schema import Buffer
 from .stale import NONE, Stale
 
 ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from .schema import U32, U64, Flag, Text, records
+from .schema import U32, U63, U64, Flag, Real, Text, records
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,5 +32,15 @@ class Member:
     registered: Flag
 
 
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """From `clock` on steps are made so (SPEC §6.5)."""
+
+    clock: U63
+    mode: Text
+    staleness: Real
+
+
 Places = Annotated[tuple[Place, ...], records(Place, 1024)]
 Members = Annotated[tuple[Member, ...], records(Member, 4096)]
+Phases = Annotated[tuple[Phase, ...], records(Phase, 2)]

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeAlias, get_args, get_origin, get_type_hints
 
 from .codecs import INT8, RAW, TOPK
 
 Check = Callable[[Any], Any]
+Buffer: TypeAlias = bytes | bytearray | memoryview
+Buffers: TypeAlias = tuple[Buffer, ...]
 
 
 class Malformed(Exception):

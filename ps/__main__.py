@@ -35,7 +35,8 @@ def main() -> int:
     wall = time.time() - time.monotonic()
     core: Core
     if config["role"] == "coordinator":
-        from .coordinator import Coordinator, Settings
+        from .coordinator import Coordinator
+        from .settings import Settings
 
         settings = Settings(**config["settings"])
         core, label = Coordinator(_random(), settings, wall), "coordinator"

@@ -22,6 +22,11 @@ class Clocks:
         """The least clock; with nobody counted in, the highest ever reached."""
         return self._min
 
+    @property
+    def highest(self) -> int:
+        """The highest clock that anybody has had."""
+        return self._highest
+
     def __contains__(self, incarnation: int) -> bool:
         return incarnation in self._clocks
 
@@ -43,8 +48,13 @@ class Clocks:
         self._held = False
         self._settle()
 
-    def enter(self, incarnation: int, clock: int | None = None) -> int:
-        """Count a worker in, at `min` unless a clock is given; again changes nothing. Returns `min`."""
+    def enter(self, incarnation: int, clock: int | None = None, reached: int = 0) -> int:
+        """Count a worker in, at `min` unless a clock is given; again changes nothing. Returns `min`.
+
+        Args:
+            reached: where it is, wherever it begins here.
+        """
+        self._highest = max(self._highest, reached)
         if incarnation not in self._clocks:
             self._clocks[incarnation] = self._min if clock is None else max(clock, self._min)
             self._highest = max(self._highest, self._clocks[incarnation])

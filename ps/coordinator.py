@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from ..protocol.asking import Answer as AnswerMessage
+from ..protocol.asking import Echo, Echoed, Inquire, Switch
 from ..protocol.effects import Effect, Log, Peer, Received, Send, Tick, Unreadable
 from ..protocol.errors import ProtocolError
 from ..protocol.join import is_name
-from ..protocol.layout import BLOCK_BYTES, lay_out
-from ..protocol.messages import (
-    Answer as AnswerMessage,
-)
+from ..protocol.layout import lay_out
 from ..protocol.messages import (
     Claim,
     Cluster,
@@ -29,11 +28,8 @@ from ..protocol.messages import (
     Completed,
     Declare,
     Declared,
-    Echo,
-    Echoed,
     Evicted,
     Exhausted,
-    Inquire,
     Join,
     Leased,
     Leave,
@@ -57,27 +53,15 @@ from ..protocol.records import Member
 from .lobby import Lobby
 from .members import Life, Members, Refusal
 from .partitions import Answer, Partitions
+from .settings import Settings
 from .shards import Held, Shards
 from .status import status
+from .switch import Modes, Verdict
 
 RETRY = 1.0
 REMEMBERED_ANSWERS = 64
 MAX_NAMES = 4096
 """Names of logged values and of counters that are kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What an operator decides. `lease` is in seconds, `staleness` a number of clocks or inf, `block_bytes` in bytes."""
-
-    mode: str = "async"
-    staleness: float = 3.0
-    nonfinite: str = "error"
-    lease: float = 15.0
-    min_workers: int = 1
-    min_shards: int = 1
-    block_bytes: int = BLOCK_BYTES
-    insecure: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +109,7 @@ class Coordinator:
         self.spec: ModelSpec | None = None
         self.opened_at: float | None = None
         """When `min_workers` were here for the first time."""
+        self.modes = Modes(settings.mode, settings.staleness, settings.lease)
         self._begun = False
         """Has every shard had `min_workers` workers counted in at once?"""
         self._model: Model | None = None
@@ -174,6 +159,8 @@ class Coordinator:
             self.counters["rejected.malformed"] += 1
             return
         held, changed = self.shards.join(join, peer, self.now)
+        if join.digest and self.modes.adopt(join.phases):  # it was there before this life of ours
+            self._new_epoch(cluster=True)
         if held is None:
             return self._send(
                 peer, Waiting(0, len(self.shards), self.shards.fixed, "a free place: this shard is a spare")
@@ -200,6 +187,7 @@ class Coordinator:
         if not self._begun and self.shards.opened:
             self._begun = True
             self._new_epoch()
+        self._change(self.modes.agree(self.shards))
         if before != (held.filled, held.digest):
             self._filling_changed(unfilled)
         self._inform(held)
@@ -252,8 +240,9 @@ class Coordinator:
             self._send(held.peer, view or self._view())
 
     def _view(self) -> View:
-        s, members = self.settings, (Member(life.incarnation, life.name, life.registered > 0) for life in self.members)
-        return View(self.run, self.epoch, s.mode, s.staleness, self._filler, self._quorum, tuple(members))
+        hold = self.modes.changing or not self.shards.ready
+        members = tuple(Member(life.incarnation, life.name, life.registered > 0) for life in self.members)
+        return View(self.run, self.epoch, self.modes.phases, hold, self._filler, self._quorum, members)
 
     @property
     def _quorum(self) -> int:
@@ -268,7 +257,7 @@ class Coordinator:
 
     def _cluster(self, life: Life) -> None:
         fill = self.shards.unfilled if life.incarnation == self._filler else ()
-        self._send(life.peer, Cluster(life.incarnation, self.epoch, self.shards.places, fill))
+        self._send(life.peer, Cluster(life.incarnation, self.epoch, self.shards.places, self.modes.phases, fill))
 
     # --- workers come, stay and go
 
@@ -317,8 +306,7 @@ class Coordinator:
             life.number,
             self.epoch,
             s.lease,
-            s.mode,
-            s.staleness,
+            self.modes.phases,
             s.nonfinite,
             self.shards.places,
         )
@@ -465,6 +453,7 @@ class Coordinator:
             self.spec = spec
             layout = lay_out(spec, len(self.shards), self.settings.block_bytes)
             self.shards.fixed, self.shards.digest = layout.shards, layout.digest
+            self.shards.idle = frozenset(i for i, blocks in enumerate(layout.by_shard) if not blocks)
             self._model = Model(self.run, layout.shards, layout.block_bytes, layout.digest, (spec.description,))
             self._log(
                 "info",
@@ -510,10 +499,22 @@ class Coordinator:
 
     def _repeat(self) -> None:
         """Once a second: shards that have not confirmed the newest view or model are told again."""
+        self._change(self.modes.give_up(self.shards, self.now))
         for held in self.shards.close_ranks(self.now):
             self._send(held.peer, Evicted(held.place.incarnation))
         for held in self.shards:
             self._inform(held)
+
+    def _switch(self, peer: Peer, message: Switch) -> None:
+        self._change(self.modes.ask(peer, message, self.shards, self.epoch + 1, self.now))
+
+    def _change(self, verdict: Verdict) -> None:
+        if verdict.news:
+            self._log("info", verdict.news)
+        if verdict.view:
+            self._new_epoch(cluster=True)
+        for peer, answer in verdict.told:
+            self._send(peer, answer)
 
     def _inquire(self, peer: Peer, message: Inquire) -> None:
         body = json.dumps(status(self), allow_nan=False).encode()
@@ -555,6 +556,7 @@ _ACTS: dict[type[Message], _Act] = {
     Complete: Coordinator._request,
     ShardJoin: Coordinator._shard_join,
     Report: Coordinator._report,
+    Switch: Coordinator._switch,
     Inquire: Coordinator._inquire,
     Echo: Coordinator._echo,
     Refused: Coordinator._ignore,

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from math import inf
 from typing import Any
 
+from ..protocol.asking import Answer, Echo, Echoed, Inquire
 from ..protocol.effects import (
     COORDINATOR,
     Attached,
@@ -33,15 +33,11 @@ from ..protocol.layout import lay_out
 from ..protocol.messages import (
     Ack,
     Alive,
-    Answer,
-    Echo,
-    Echoed,
     Enter,
     Evicted,
     Fill,
     Greeting,
     Hello,
-    Inquire,
     Message,
     Model,
     Operation,
@@ -61,6 +57,7 @@ from ..protocol.messages import (
     Waiting,
 )
 from ..protocol.model import read_model
+from ..protocol.phases import Phases, at, needed, opens
 from .answers import in_buffers
 from .clocks import Clocks
 from .early import Early
@@ -106,6 +103,9 @@ class Shard:
         self._opened = False
         """Has the first clock begun?"""
         self._open_step = 0
+        self._phases: Phases = ()
+        self._held_at: int | None = None
+        """From this clock on no step is applied, while the next phase is agreed on (SPEC §6.5)."""
         self._inboxes: dict[int, Inbox] = {}
         self._routes: dict[int, Peer] = {}
         self._pulls: dict[int, dict[int, Pull]] = {}
@@ -143,7 +143,8 @@ class Shard:
 
     def _join(self) -> None:
         digest = self._weights.layout.digest if self._weights else ""
-        self._send(COORDINATOR, ShardJoin(self.incarnation, *self._place, self._index, self._shards, digest))
+        who = (self.incarnation, *self._place)
+        self._send(COORDINATOR, ShardJoin(*who, self._index, self._shards, digest, self._phases))
 
     def _welcome(self, _: Peer, message: ShardWelcome) -> None:
         if message.incarnation != self.incarnation:
@@ -182,10 +183,14 @@ class Shard:
         return self._weights is not None and self._weights.filled
 
     def _new_view(self, _: Peer, view: View) -> None:
-        if view.run != self._run or view.epoch <= self._epoch:
+        if view.run != self._run or view.epoch <= self._epoch or not view.phases:
             return self._report()
         first, before = self._view is None, self._view
         self._view, self._epoch = view, view.epoch
+        if not self._phases or view.phases[-1].clock > self._phases[-1].clock or not self._filled:
+            self._phases = view.phases  # else a restarted coordinator hears of ours when we join it
+        if view.held != (self._held_at is not None):
+            self._held_at = self._clocks.highest if view.held else None
         self._roster.update(view.members)
         for gone in [known for known in {*self._inboxes, *dict(self._clocks.items())} if known not in self._roster]:
             self._drop(gone)
@@ -234,6 +239,8 @@ class Shard:
                     self._filled,
                     self._opened or (self._weights is not None and not len(self._weights.store)),
                     self._clocks.min,
+                    self._held_at is not None,
+                    self._clocks.highest,
                     self._clocks.items(),
                     counters,
                 ),
@@ -318,21 +325,24 @@ class Shard:
         match operation:
             case Fill():
                 return self._weights is None or operation.epoch > self._epoch
-            case Push():
-                return self._sync and operation.incarnation in self._clocks and operation.clock > self._open_step
+            case Push(incarnation, clock=clock):
+                if self._held_at is not None and clock >= self._held_at:
+                    return True
+                first = clock if self._sync(clock) else opens(self._phases, clock)
+                return incarnation in self._clocks and self._open_step < first
             case _:
                 return False
 
-    @property
-    def _sync(self) -> bool:
-        return self._view is not None and self._view.mode == "sync"
+    def _sync(self, clock: int) -> bool:
+        """Are steps of this clock averaged?"""
+        return bool(self._phases) and at(self._phases, clock).mode == "sync"
 
     def _apply(self, operation: Operation) -> None:
         match operation:
             case Push():
                 self._push(operation)
             case Enter(incarnation):
-                self._clocks.enter(incarnation)
+                self._clocks.enter(incarnation, reached=operation.clock)
                 self._counted_in(incarnation)
             case Start(incarnation):
                 if incarnation not in self._clocks:
@@ -368,15 +378,15 @@ class Shard:
                 self._weights.check(push)
             if push.blocks:
                 self._gradients(push, clock)
-            if push.advance and clock == push.clock and self._weights is not None and not self._sync:
+            if push.advance and clock == push.clock and self._weights is not None and not self._sync(clock):
                 self._weights.apply_held(push, len(self._clocks))
         except Exception:
-            if self._weights is not None and clock == push.clock and (self._sync or push.held):
+            if self._weights is not None and clock == push.clock and (self._sync(push.clock) or push.held):
                 self._weights.spoil(push.incarnation)
             raise
         finally:  # a refused gradient must not hold the worker's clock, and with it everybody
             if push.advance and clock == push.clock:
-                if self._weights is not None and self._sync:
+                if self._weights is not None and self._sync(push.clock):
                     self._weights.contribute(push, self._roster.rank(push.incarnation))
                 elif self._weights is not None:
                     self._weights.drop(push.incarnation)
@@ -397,7 +407,7 @@ class Shard:
 
     def _keeps(self, push: Push) -> bool:
         """Are its gradients needed longer than the push lasts?"""
-        return self._sync or (push.held and not push.advance)
+        return self._sync(push.clock) or (push.held and not push.advance)
 
     # --- pulls (SPEC §6.2, §6.4)
 
@@ -405,9 +415,9 @@ class Shard:
         """The least clock, the members or the filling have changed: do what that allows."""
         moved = True
         while moved:
-            if self._sync and self._open_step < self._clocks.min:
-                self._open_step = self._clocks.min
-                if self._weights is not None:
+            if self._open_step < self._clocks.min:
+                averaged, self._open_step = self._sync(self._open_step), self._clocks.min
+                if averaged and self._weights is not None:
                     self._close_step(self._weights)
             moved = False
             for incarnation, inbox in self._inboxes.items():
@@ -449,11 +459,8 @@ class Shard:
 
     def _within(self, incarnation: int, clock: int) -> bool:
         """The staleness rule."""
-        if self._sync:
-            return self._clocks.min >= clock
-        assert self._view is not None
-        bound = self._view.staleness
-        return incarnation not in self._clocks or bound == inf or self._clocks.min >= clock - bound
+        bound = needed(self._phases, clock)
+        return self._clocks.min >= bound or (incarnation not in self._clocks and not self._sync(clock))
 
     def _values(self, pull: Pull) -> None:
         assert self._weights is not None
@@ -462,7 +469,7 @@ class Shard:
             self.counters["rejected.malformed"] += 1
             return self._send(peer, Refused(pull.request, "shape", "a block that is not on this shard"))
         shown = self._shared.answer(pull, self.incarnation, self._weights, self._clocks.min)
-        if not self._sync and pull.incarnation in self._clocks:
+        if not self._sync(pull.clock) and pull.incarnation in self._clocks:
             self._weights.read(pull.incarnation, pull.blocks, shown.version if shown else store.version)
         if shown:
             return self._send(peer, shown)

@@ -12,10 +12,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from ..protocol.effects import Peer
-from ..protocol.messages import (
-    Report,
-    ShardJoin,
-)
+from ..protocol.messages import Report, ShardJoin
 from ..protocol.records import Place
 
 MAX_SHARDS = 1024
@@ -35,6 +32,8 @@ class Held:
     filled: bool = False
     opened: bool = False
     floor: int = 0
+    holds: bool = False
+    highest: int = 0
     clocks: dict[int, int] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
     told: int = 0
@@ -52,6 +51,8 @@ class Shards:
         self.fixed = 0
         """The number of shards in the layout, once there is one."""
         self.digest = ""
+        self.idle: frozenset[int] = frozenset()
+        """Those of the layout that have no blocks: no worker enters there."""
         self._held: dict[int, Held] = {}
 
     def __iter__(self):  # type: ignore[no-untyped-def]
@@ -84,6 +85,25 @@ class Shards:
     @property
     def unfilled(self) -> tuple[int, ...]:
         return tuple(index for index, held in sorted(self._held.items()) if index < self.fixed and not held.filled)
+
+    @property
+    def floor(self) -> int:
+        """The least clock at any shard that has blocks."""
+        return min((held.floor for i, held in self._held.items() if i < self.fixed and i not in self.idle), default=0)
+
+    def reached(self, epoch: int) -> int | None:
+        """The highest clock that anybody has reached, once all shards of the layout hold in the view of `epoch`.
+
+        One that was restarted knows it when it has heard from everybody, which is when it opens (SPEC §6.1.5).
+        """
+        if self.unready(epoch):
+            return None
+        return max((held.highest for index, held in self._held.items() if index < self.fixed), default=0)
+
+    def unready(self, epoch: int) -> list[int]:
+        """The shards of the layout that do not hold in the view of `epoch`, or have not begun."""
+        held = [self._held.get(index) for index in range(self.fixed)]
+        return [i for i, one in enumerate(held) if not (one and one.holds and one.opened and one.epoch >= epoch)]
 
     def known(self, incarnation: int) -> Held | None:
         return next((held for held in self._held.values() if held.place.incarnation == incarnation), None)
@@ -139,5 +159,6 @@ class Shards:
         held.peer, held.heard_at = peer, now
         held.epoch, held.digest, held.filled = report.epoch, report.digest, report.filled
         held.opened, held.floor = report.opened, report.floor
+        held.holds, held.highest = report.held, report.highest
         held.clocks = dict(report.clocks)
         held.counters = dict(report.counters)

@@ -14,8 +14,9 @@ import numpy as np
 from ..protocol.codecs import RAW
 from ..protocol.effects import Attach, Attached, Peer, Send
 from ..protocol.layout import Layout
-from ..protocol.messages import Buffer, Pull, Push, Share, Shared, Values
+from ..protocol.messages import Pull, Push, Share, Shared, Values
 from ..protocol.regions import TOKEN_BYTES
+from ..protocol.schema import Buffer
 from .store import Misfit
 from .weights import Weights, spans_of
 

@@ -27,8 +27,9 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
     totals = totals_of(c)
     return {
         "run": f"{c.run:016x}",
-        "mode": c.settings.mode,
-        "staleness": plain(c.settings.staleness),
+        "mode": c.modes.now.mode,
+        "staleness": plain(c.modes.now.staleness),
+        "mode_since": c.modes.now.clock,
         "lease": c.settings.lease,
         "security": "none" if c.settings.insecure else ("curve" if any(s.place.key for s in shards) else "loopback"),
         "insecure": c.settings.insecure,

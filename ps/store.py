@@ -20,7 +20,7 @@ import torch
 from ..protocol.codecs import RAW, Codec
 from ..protocol.coding import encode
 from ..protocol.layout import Block, Layout
-from ..protocol.messages import Buffer
+from ..protocol.schema import Buffer
 from .rules import Ranges, Updater
 
 MOST_COUNTED = 1024

@@ -20,7 +20,8 @@ from ..protocol.coding import decode
 from ..protocol.errors import ProtocolError
 from ..protocol.frames import payload_bytes
 from ..protocol.layout import Layout
-from ..protocol.messages import Buffer, Fill, Push
+from ..protocol.messages import Fill, Push
+from ..protocol.schema import Buffer
 from .answers import PART_BYTES
 from .averaging import StepAverage
 from .rules import Ranges

@@ -60,7 +60,7 @@ def _held() -> dict[str, set[Any]]:
             target = os.readlink(f"/proc/self/fd/{entry}")
         except OSError:
             continue
-        if not target.startswith("/dev/"):
+        if not target.startswith("/dev/") and "/mpl-data/fonts/" not in target:  # matplotlib keeps its fonts open
             files.add((entry, target))
     shared = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
     return {

@@ -20,7 +20,8 @@ from shoal.protocol.frames import decode, encode
 from shoal.protocol.layout import MIN_BLOCK_BYTES, lay_out
 from shoal.protocol.model import ModelSpec, Tensor
 from shoal.protocol.rules import SGD
-from shoal.ps.coordinator import Coordinator, Settings
+from shoal.ps.coordinator import Coordinator
+from shoal.ps.settings import Settings
 from shoal.ps.shard import Shard
 
 Kind = TypeVar("Kind")
@@ -112,12 +113,20 @@ class ShardBench(Bench):
         return m.Model(RUN, 1, layout.block_bytes, digest or layout.digest, (layout.spec.description,))
 
     def view(
-        self, members: Sequence[int], *, filler: int = 1, quorum: int = 0, registered: Sequence[int] = ()
+        self,
+        members: Sequence[int],
+        *,
+        filler: int = 1,
+        quorum: int = 0,
+        registered: Sequence[int] = (),
+        phases: tuple[m.Phase, ...] = (),
+        held: bool = False,
     ) -> list[Any]:
         """The next view, and everybody in it says hello."""
         self.epoch += 1
         rows = tuple(m.Member(inc, f"name{inc}", inc in registered) for inc in (*members, READER))
-        said = self.hear(COORDINATOR, m.View(RUN, self.epoch, self.mode, self.staleness, filler, quorum, rows))
+        phases = phases or (m.Phase(0, self.mode, self.staleness),)
+        said = self.hear(COORDINATOR, m.View(RUN, self.epoch, phases, held, filler, quorum, rows))
         for worker in (*members, READER):
             self.hear(peer_of(worker), m.Hello(worker, RUN, self.epoch))
         return said
@@ -125,7 +134,7 @@ class ShardBench(Bench):
     def do(self, kind: Any, worker: int, *fields: Any) -> list[Any]:
         """The worker's next operation."""
         self.sequence[worker] += 1
-        fields = fields or ((0,) if kind is m.Pause else ())
+        fields = fields or ((0,) if kind in (m.Enter, m.Pause) else ())
         return self.hear(peer_of(worker), kind(worker, SHARD, self.sequence[worker], *fields))
 
     def fill(self, worker: int, value: float = 0.0, epoch: int = 0) -> list[Any]:
@@ -176,17 +185,16 @@ class CoordinatorBench(Bench):
 
     def shard(self, number: int = 0, port: int = 0) -> list[Any]:
         """A shard of incarnation 900 + number asks for a place."""
-        join = m.ShardJoin(SHARD + number, "host", port or 1000 + number, "", -1, 0, "")
+        join = m.ShardJoin(SHARD + number, "host", port or 1000 + number, "", -1, 0, "", ())
         return self.hear(f"s{number}".encode(), join)
 
     def report(self, number: int = 0, filled: bool = True, opened: bool = True, **other: Any) -> list[Any]:
         """A shard's report; of the newest epoch and the layout's digest unless told otherwise."""
         run, epoch, clocks = other.get("run", RUN), other.get("epoch", self.core.epoch), other.get("clocks", ())
         digest = other.get("digest", self.core.shards.digest)
-        return self.hear(
-            f"s{number}".encode(),
-            m.Report(SHARD + number, run, epoch, digest, filled, opened, 4, clocks, other.get("counters", ())),
-        )
+        held, highest = other.get("held", False), other.get("highest", 4)
+        how = (filled, opened, other.get("floor", 4), held, highest, clocks, other.get("counters", ()))
+        return self.hear(f"s{number}".encode(), m.Report(SHARD + number, run, epoch, digest, *how))
 
     def join(self, worker: int, name: str = "", attempt: int = 0) -> list[Any]:
         return self.hear(peer_of(worker), m.Join(worker, name or f"name{worker}", attempt, "host", worker))

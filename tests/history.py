@@ -10,6 +10,8 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from math import inf
 
+from shoal.protocol.records import Phase
+
 
 class Violation(AssertionError):
     """A guarantee is broken."""
@@ -64,8 +66,8 @@ class PullDone:
 class History:
     """Everything that checkers look at."""
 
-    mode: str
-    staleness: float
+    phases: dict[int, Phase]
+    """What steps were made in, by the clock from which on."""
     sharing: bool = False
     rounding: float = 0.0
     """What a pull's codec may make of a value, relative to it; a shard that was filled again from what was pulled has it so."""
@@ -76,6 +78,17 @@ class History:
     """(worker, asked at, answered at) of every pull."""
     refilled: dict[int, list[tuple[float, set[int]]]] = field(default_factory=lambda: defaultdict(list))
     """When a later life of a shard was filled, by index, and with which elements: what else the earlier one held is lost."""
+
+    def mode(self, clock: int) -> str:
+        return self._at(clock).mode
+
+    def bound(self, clock: int) -> float:
+        """The staleness bound of a pull at this clock."""
+        phase = self._at(clock)
+        return 0.0 if phase.mode == "sync" else phase.staleness
+
+    def _at(self, clock: int) -> Phase:
+        return self.phases[max(first for first in self.phases if first <= clock)]
 
     def may_lack(self, update: Update, shard: int, at: float) -> bool:
         """Did a crash of the shard, before `at`, take this update with it (DESIGN §5: no checkpoint, no promise)?
@@ -96,15 +109,15 @@ class History:
 
 def check_staleness(history: History) -> None:
     """Guarantee 1: a pull at clock c holds every update with clock <= c - s - 1 of every live worker, and the reader's own."""
-    bound = 0.0 if history.mode == "sync" else history.staleness
     by_life = history.by_life()
     for pull in history.pulls:
         for element in pull.own:
             update = history.updates[element]
             if _lacking(history, update, pull):
-                if history.mode == "sync" and update.clock >= pull.clock:
+                if history.mode(update.clock) == "sync" and update.clock >= pull.clock:
                     continue  # its step is not closed yet
                 raise Violation(f"a pull at {pull.answered_at:.3f} lacks the reader's own update {element}")
+        bound = history.bound(pull.clock)
         if not pull.counted or bound == inf:
             continue
         least = pull.clock - int(bound)
@@ -138,10 +151,10 @@ def _lacking(history: History, update: Update, pull: PullDone) -> bool:
 def check_once(history: History, final: dict[int, list[float]]) -> None:
     """Guarantee 2: an acknowledged update is applied once at every shard, any other at most once."""
     for shard, values in final.items():
-        if history.mode == "sync":
-            _check_means(history, shard, values)
-            continue
+        _check_means(history, shard, values)
         for update in history.updates.values():
+            if history.mode(update.clock) == "sync":
+                continue
             times = values[update.element]
             if times not in (0.0, 1.0):
                 raise Violation(f"shard {shard}: update {update.element} was applied {times:g} times")
@@ -159,6 +172,8 @@ def _check_means(history: History, shard: int, values: list[float]) -> None:
     """
     steps: dict[tuple[int, int], list[Update]] = defaultdict(list)
     for update in history.updates.values():
+        if history.mode(update.clock) != "sync":
+            continue
         if values[update.element]:
             survived = sum(update.element in elements for _, elements in history.refilled.get(shard, ()))
             steps[update.clock, survived].append(update)

@@ -14,12 +14,14 @@ from simnet import Faults, Node, Sim
 
 from shoal.protocol.codecs import BF16, FP16, RAW, Codec
 from shoal.protocol.coding import decode, encode
-from shoal.protocol.effects import COORDINATOR, Fail, Resolve, Tick
+from shoal.protocol.effects import COORDINATOR, Fail, Received, Resolve, Tick
 from shoal.protocol.errors import ServerLost, WorkerEvicted
-from shoal.protocol.messages import Place
+from shoal.protocol.messages import Place, Switch
 from shoal.protocol.model import ModelSpec, Tensor
+from shoal.protocol.records import Phase
 from shoal.protocol.rules import SGD
-from shoal.ps.coordinator import Coordinator, Settings
+from shoal.ps.coordinator import Coordinator
+from shoal.ps.settings import Settings
 from shoal.ps.shard import Shard
 from shoal.worker import calls
 from shoal.worker.core import Core
@@ -303,7 +305,7 @@ class Cluster:
         self.job, self.lease, self.sharing = job, lease, sharing
         self.push_codec, self.pull_codec = push_codec, pull_codec
         self.region_numbers = count(1)
-        self.history = History(mode, staleness, sharing, ROUNDING.get(pull_codec.number, 0.0))
+        self.history = History({0: Phase(0, mode, staleness)}, sharing, ROUNDING.get(pull_codec.number, 0.0))
         self.spec = ModelSpec((Tensor("marks", "float32", (shards * ELEMENTS,)),), (SGD(lr=1.0),))
         self.settings = Settings(
             mode=mode,
@@ -324,6 +326,7 @@ class Cluster:
         """What a filler gave last, by its incarnation and the shard."""
         self.troubled: dict[str, float] = {}
         self._elements = count()
+        self._clocks_lost = False
         self.start_coordinator()
         for index in range(shards):
             self.start_shard(index)
@@ -359,6 +362,12 @@ class Cluster:
 
         self.sim.at(self.sim.now + seconds, again)
 
+    def switch(self, mode: str, staleness: float) -> None:
+        """An operator asks for another mode. Who restarts the coordinator afterwards gives that mode, too."""
+        node = self.sim.nodes.get("coordinator")
+        if node is not None:
+            self.sim.give(node, Received(b"operator|0|0", Switch(1, mode, staleness)))
+
     def start_worker(self, name: str, attempt: int = 0) -> None:
         self.apps[name] = App(self, name, attempt, pace=self.sim.random.choice((0.01, 0.03, 0.1)))
 
@@ -392,9 +401,10 @@ class Cluster:
         return update
 
     def watch(self) -> None:
-        """After every event: who is counted in, who has ended. An observer from above, not part of the system."""
+        """After every event: who is counted in, who has ended, which modes. An observer from above, not part of the system."""
         if "coordinator" in self.sim.nodes:
             self._live = {life.incarnation for life in self.coordinator.members}
+            self._phase(self.coordinator.modes.now)
         live, now = self._live, self.sim.now
         for shard in self.shards():
             if shard._filled and self._filled.get(shard._index) != shard.incarnation:
@@ -422,10 +432,24 @@ class Cluster:
             if life.incarnation not in live and life.ended_at == inf:
                 life.ended_at = now
 
+    def _phase(self, newest: Phase) -> None:
+        phases, updates = self.history.phases, self.history.updates.values()
+        if newest.clock > max(phases) or (not updates and newest != phases[0]):
+            if any(update.clock >= newest.clock for update in updates if update.incarnation in self._live):
+                raise Violation(f"{newest} begins where somebody has been")
+            self._clocks_lost |= any(update.clock >= newest.clock for update in updates)
+            phases[newest.clock] = newest
+            self.settings = replace(self.settings, mode=newest.mode, staleness=newest.staleness)
+
     def _resumed(self, life: Life, core: Core) -> None:
         """A worker that was counted out may come back at a higher clock."""
         done = sum(update.incarnation == life.incarnation for update in self.history.updates.values())
         life.start_clock = core.stats.clock - done
+
+    @property
+    def forgotten(self) -> bool:
+        """Did all who knew of a change of mode, or of how far others were, die at the same time? Then nobody is to blame."""
+        return self._clocks_lost or self.coordinator.modes.now != self.history.phases[max(self.history.phases)]
 
     def final_values(self) -> dict[int, list[float]]:
         found = {}

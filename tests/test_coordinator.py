@@ -53,9 +53,9 @@ def test_a_join_is_answered_once_there_are_shards() -> None:
     epoch = bench.core.epoch
     again = only(m.Welcome, bench.join(1))
 
-    assert (1, RUN, 0, 15.0, "async", 2.0, "error") == (
+    assert (1, RUN, 0, 15.0, (m.Phase(0, "async", 2.0),), "error") == (
         *(welcome.incarnation, welcome.run, welcome.worker, welcome.lease),
-        *(welcome.mode, welcome.staleness, welcome.nonfinite),
+        *(welcome.phases, welcome.nonfinite),
     )
     assert (epoch, welcome.worker, [0, 1]) == (bench.core.epoch, again.worker, [place.index for place in again.shards])
 

@@ -56,6 +56,7 @@ OF_KIND: dict[Any, st.SearchStrategy[Any]] = {
     schema.Refusals: rows(u64, text, text),
     m.Places: several(st.builds(m.Place, u32, u64, text, u32, text)),
     m.Members: several(st.builds(m.Member, u64, text, st.booleans())),
+    m.Phases: several(st.builds(m.Phase, st.integers(0, 2**63 - 1), text, real), most=2),
 }
 
 

@@ -120,7 +120,7 @@ def test_counting_a_worker_in_costs_the_same_among_many() -> None:
     def one(count: int) -> int:
         bench = ShardBench(tuple(range(1, count + 1)))
         bench.start(*range(1, count))
-        enter = Received(peer_of(count), m.Enter(count, SHARD, 1))
+        enter = Received(peer_of(count), m.Enter(count, SHARD, 1, 0))
         return work(lambda: bench.core.handle(enter, bench.now))
 
     assert one(24) < 1.2 * one(4)

@@ -12,7 +12,7 @@ from shoal.ps.inbox import MAX_WAITING, MAX_WAITING_BYTES, Inbox, Verdict
 
 
 def operation(seq: int, payload: bytes = b"") -> Operation:
-    return Fill(1, 2, seq, 3, (0,), (payload,)) if payload else Enter(1, 2, seq)
+    return Fill(1, 2, seq, 3, (0,), (payload,)) if payload else Enter(1, 2, seq, 0)
 
 
 class StreamMachine(RuleBasedStateMachine):

@@ -82,7 +82,7 @@ class Session:
         return self.call(calls.OpenCalled)
 
     def welcome(self, run: int = RUN) -> list[Any]:
-        return self.hear(m.Welcome(self.life, run, 0, 1, 15.0, "async", 3.0, "error", (HOME,)))
+        return self.hear(m.Welcome(self.life, run, 0, 1, 15.0, (m.Phase(0, "async", 3.0),), "error", (HOME,)))
 
     def joined(self) -> Session:
         if self.core.phase is Phase.IDLE:

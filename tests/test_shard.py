@@ -32,7 +32,7 @@ HALF = ((0.5, 0.0, 0.0, 0.0, 0.0, 0.0),)
 def test_it_asks_for_a_place_until_it_has_one() -> None:
     """`ShardJoin` is repeated until `ShardWelcome`, then `Report`; who was forgotten names its old place (§3.1.1, §3.3.4)."""
     bench = Bench(Shard(SHARD, "host", 1, "key"))
-    asking = m.ShardJoin(SHARD, "host", 1, "key", -1, 0, "")
+    asking = m.ShardJoin(SHARD, "host", 1, "key", -1, 0, "", ())
     assert [asking] == bench.event(Tick()) == bench.after(1.0) == bench.event(Linked(COORDINATOR))
     assert [] == bench.after(0.9)
     assert [] == bench.hear(COORDINATOR, m.ShardWelcome(SHARD + 1, RUN, 0, 15.0))
@@ -50,7 +50,7 @@ def test_an_older_view_is_ignored(run: int, epoch: int) -> None:
     """A view of the run with an epoch not above the shard's own changes nothing, nor does one of another run (MUST, §3.2.1)."""
     bench = ShardBench()
     bench.view((1, 2))
-    report = only(m.Report, bench.hear(COORDINATOR, m.View(run, epoch, "sync", inf, 2, 0, ())))
+    report = only(m.Report, bench.hear(COORDINATOR, m.View(run, epoch, (m.Phase(0, "sync", inf),), False, 2, 0, ())))
 
     assert 2 == report.epoch
     assert ["Greeting"] == kinds(bench.hear(peer_of(1), m.Hello(1, RUN, 2)))
@@ -63,7 +63,9 @@ def test_a_new_run_begins_to_count_again() -> None:
     bench.push(1, 0, -4.0, 0.0)
     bench.hear(COORDINATOR, m.ShardWelcome(SHARD, RUN + 1, 0, 15.0))
     assert ["Ack"] == kinds(bench.push(1, 1, -1.0, 0.0)), "without a coordinator pushes go on (§3.3.5)"
-    bench.hear(COORDINATOR, m.View(RUN + 1, 1, "async", 0.0, 0, 0, (m.Member(READER, "reader", False),)))
+    bench.hear(
+        COORDINATOR, m.View(RUN + 1, 1, (m.Phase(0, "async", 0.0),), False, 0, 0, (m.Member(READER, "reader", False),))
+    )
     bench.hear(peer_of(READER), m.Hello(READER, RUN + 1, 1))
 
     assert [m.Evicted(1)] == bench.push(1, 2, -1.0, 0.0)
@@ -90,16 +92,18 @@ def test_a_hello_of_another_run_waits_as_well() -> None:
     assert [] == bench.hear(peer_of(5), m.Hello(5, RUN + 1, 1))
     bench.hear(COORDINATOR, m.ShardWelcome(SHARD, RUN + 1, 0, 15.0))
 
-    said = bench.hear(COORDINATOR, m.View(RUN + 1, 1, "async", 0.0, 0, 0, (m.Member(5, "name5", False),)))
+    said = bench.hear(
+        COORDINATOR, m.View(RUN + 1, 1, (m.Phase(0, "async", 0.0),), False, 0, 0, (m.Member(5, "name5", False),))
+    )
     assert m.Greeting(5, SHARD, 0) in said
 
 
 def test_it_serves_those_in_its_view_and_no_others() -> None:
     """`Evicted` for who is not in the view, `Stranger` for who has no stream at this shard (§3.2.2)."""
     bench = ShardBench()
-    for message in (m.Probe(8, SHARD), m.Enter(8, SHARD, 1), m.Pull(8, SHARD, 1, 0, 0, 0, 0, 0, ())):
+    for message in (m.Probe(8, SHARD), m.Enter(8, SHARD, 1, 0), m.Pull(8, SHARD, 1, 0, 0, 0, 0, 0, ())):
         assert [m.Evicted(8)] == bench.hear(peer_of(8), message)
-    assert [m.Stranger(1, SHARD)] == bench.hear(peer_of(1), m.Enter(1, SHARD - 1, 2))
+    assert [m.Stranger(1, SHARD)] == bench.hear(peer_of(1), m.Enter(1, SHARD - 1, 2, 0))
 
     fresh = Bench(Shard(SHARD, "host", 1))
     assert m.Stranger(1, SHARD) in fresh.hear(peer_of(1), m.Probe(1, SHARD - 1))

@@ -12,7 +12,7 @@ LEASE = 5.0
 
 def asking(incarnation: int, **words: Any) -> ShardJoin:
     said = {"host": "h", "port": 1000 + incarnation, "index": -1, "shards": 0, "digest": ""} | words
-    return ShardJoin(incarnation, said["host"], said["port"], "", said["index"], said["shards"], said["digest"])
+    return ShardJoin(incarnation, said["host"], said["port"], "", said["index"], said["shards"], said["digest"], ())
 
 
 def index_of(table: Shards, join: ShardJoin, now: float = 0.0) -> int | None:
@@ -28,7 +28,9 @@ def report(table: Shards, incarnation: int, now: float = 0.0, **words: Any) -> N
     said = {"digest": "layout", "filled": True, "opened": True} | words
     held = table.known(incarnation)
     assert held is not None
-    message = Report(incarnation, 1, 2, said["digest"], said["filled"], said["opened"], 3, ((8, 4),), (("x", 1.0),))
+    message = Report(
+        incarnation, 1, 2, said["digest"], said["filled"], said["opened"], 3, False, 3, ((8, 4),), (("x", 1.0),)
+    )
     table.report(held, message, b"new", now)
 
 

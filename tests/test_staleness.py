@@ -219,7 +219,7 @@ def test_a_shard_without_blocks_answers_as_soon_as_it_knows() -> None:
     bench = Bench(Shard(SHARD, "host", 1))
     layout = lay_out(SMALL, 2)
     bench.hear(COORDINATOR, m.ShardWelcome(SHARD, RUN, 1, 15.0))
-    bench.hear(COORDINATOR, m.View(RUN, 1, "async", 0.0, 0, 0, (m.Member(1, "name1", False),)))
+    bench.hear(COORDINATOR, m.View(RUN, 1, (m.Phase(0, "async", 0.0),), False, 0, 0, (m.Member(1, "name1", False),)))
     bench.hear(peer_of(1), m.Hello(1, RUN, 1))
     bench.hear(peer_of(1), m.Pull(1, SHARD, 1, 0, 0, 0, 0, 0, ()))
 

@@ -22,8 +22,8 @@ from ..protocol.codecs import RAW
 from ..protocol.coding import decode
 from ..protocol.errors import NonFiniteError, ShapeError
 from ..protocol.layout import Block, Layout, Piece
-from ..protocol.messages import Buffer
 from ..protocol.model import ITEMSIZE, Tensor
+from ..protocol.schema import Buffer
 from .calls import Part
 from .finite import all_finite
 from .region import NUMPY, Region

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..protocol.codecs import RAW
-from ..protocol.messages import Buffer, Buffers
+from ..protocol.schema import Buffer, Buffers
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from ..protocol.errors import (
 )
 from ..protocol.join import MAX_NAME, JoinAddress, is_name, key_text
 from ..protocol.model import ModelSpec, Tensor
+from ..protocol.phases import at
 from ..protocol.records import Place
 from ..protocol.rules import Rule
 from ..protocol.stale import Option, Stale, read_option
@@ -148,7 +149,7 @@ class Worker:
     @property
     def mode(self) -> str:
         """`async` or `sync`."""
-        return self._core.welcome.mode if self._core.welcome else ""
+        return at(self._core.phases, self._core.stats.clock).mode if self._core.phases else ""
 
     @property
     def incarnation(self) -> int:

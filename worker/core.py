@@ -22,7 +22,6 @@ from ..protocol.join import bracket
 from ..protocol.layout import Layout, lay_out
 from ..protocol.messages import (
     Ack,
-    Buffer,
     Claim,
     Cluster,
     Complete,
@@ -46,7 +45,9 @@ from ..protocol.messages import (
     Welcome,
 )
 from ..protocol.model import read_model
+from ..protocol.phases import Phases
 from ..protocol.records import Place
+from ..protocol.schema import Buffer
 from . import calls
 from .calls import Call
 from .desk import RETRY, Ask, Desk
@@ -86,6 +87,7 @@ class Core:
         self.phase = Phase.IDLE
         self.wake_at = inf
         self.welcome: Welcome | None = None
+        self.phases: Phases = ()
         self.incarnation = 0
         self.fatal: Exception | None = None
         """Set once nothing can work any more; every later call ends with it."""
@@ -261,12 +263,14 @@ class Core:
                     self._declare_again()
                 self._run, self._lease = message.run, message.lease
                 self.phase, self.welcome, self._epoch = Phase.JOINED, message, message.epoch
+                self.phases = message.phases
                 self._renew_at, self._waiting = self._now + self._renew_every, None
                 self._check_keys(message.shards)
                 self.fleet.joined(message.run, message.epoch, message.shards, self._now)
             case Renewed():
                 self._confirmed = self._snapshot
             case Cluster() if message.epoch >= self._epoch and self.phase is Phase.JOINED:
+                self.phases = message.phases
                 self._epoch = message.epoch
                 self._check_keys(message.shards)
                 self.fleet.place(message.shards, self._now)

@@ -18,7 +18,7 @@ import numpy as np
 from ..protocol.codecs import RAW, TOPK, Codec
 from ..protocol.coding import Bits, Vector, encode, indices
 from ..protocol.layout import Layout
-from ..protocol.messages import Buffer
+from ..protocol.schema import Buffer
 from .calls import Part
 
 

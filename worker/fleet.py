@@ -19,7 +19,6 @@ from ..protocol.layout import Layout
 from ..protocol.messages import (
     Ack,
     Alive,
-    Buffer,
     Enter,
     Fill,
     Greeting,
@@ -34,6 +33,7 @@ from ..protocol.messages import (
     Values,
 )
 from ..protocol.records import Place
+from ..protocol.schema import Buffer
 from .calls import EarlyCalled, Part, PullCalled, Pulled, PushCalled
 from .failures import lost_error, refusal
 from .link import Link, Read
@@ -406,7 +406,7 @@ class Fleet:
             return
         for link in links:
             if not link.entering:
-                link.outbox.add(Enter(self._incarnation, link.shard, link.outbox.next))
+                link.outbox.add(Enter(self._incarnation, link.shard, link.outbox.next, self._stats.clock))
                 link.entering = link.outbox.last
         if any(link.entered is None for link in links):
             return

@@ -12,11 +12,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from ..protocol.join import bracket
-from ..protocol.messages import (
-    Alive,
-    Pull,
-    Values,
-)
+from ..protocol.messages import Alive, Pull, Values
 from ..protocol.records import Place
 from .calls import Part
 from .outbox import Outbox

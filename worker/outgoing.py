@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from ..protocol.effects import Effect, Fail, Log, Open, Resolve, Send
-from ..protocol.messages import (
-    Message,
-)
+from ..protocol.messages import Message
 from ..protocol.records import Place
 
 

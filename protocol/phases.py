@@ -1,0 +1,34 @@
+"""Which mode a step is made in: the mode of a run may change at a clock (SPEC §6.5).
+
+Rules
+- Phases are in the order of their clocks, each a mode of its own; the first has no phase before it.
+- A step is made in the phase of its clock, whoever makes it and whenever it arrives.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from .records import Phase
+
+Phases = tuple[Phase, ...]
+MODES = ("async", "sync")
+
+
+def at(phases: Phases, clock: int) -> Phase:
+    """The phase of a step."""
+    return next((phase for phase in reversed(phases) if phase.clock <= clock), phases[0])
+
+
+def opens(phases: Phases, clock: int) -> int:
+    """The least clock of all at which steps of `clock` may begin: averages of the phase before are closed first."""
+    phase = at(phases, clock)
+    before = phases[max(0, phases.index(phase) - 1)]
+    return phase.clock if phase is not before and before.mode == "sync" else 0
+
+
+def needed(phases: Phases, clock: int) -> float:
+    """The least clock of all at which a pull at `clock` may be answered: the staleness rule (SPEC §6.2)."""
+    phase = at(phases, clock)
+    bound = 0.0 if phase.mode == "sync" else phase.staleness
+    return max(-inf if bound == inf else clock - bound, opens(phases, clock))
