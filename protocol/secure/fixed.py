@@ -1,0 +1,259 @@
+"""Updates as integers of a modulus, so that they can be masked and summed, and the average back (SPEC §14).
+
+Rules
+- Whatever clients send, a sum of so many does not wrap: each stays within Q = (2^(m-1) - 1) // N.
+- Unbiased: with 16 bits the fraction is rounded by chance. With 32 bits a step is finer than float32, and the nearest is taken.
+- A weight is relative to a public one, capped, and known to nobody: it is summed under a mask, with what else is counted.
+- In float64, by pieces that stay in the processor's cache, into memory that is given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import ConfigError, NonFiniteError, ProtocolError
+from .noise import Array, Generator
+
+PIECE = 1 << 16
+"""Elements worked on at a time."""
+UNIT = 1 << 20
+"""A relative weight of 1."""
+METRIC = 1 << 12
+"""A metric of 1 with a weight of one UNIT-th; so a metric is exact to 2^-32."""
+CLIENTS, WEIGHT, CAPPED, CLIPPED, METRICS = range(5)
+"""Lanes of the auxiliary vector; the metrics' begin with the last."""
+LANES = METRICS
+"""How many there are without metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How floats become integers.
+
+    Args:
+        bits: of the modulus, 16 or 32. clip: magnitude beyond which an element is cut off.
+        cap: the largest relative weight. clients: how many may be summed.
+
+    Raises:
+        ConfigError: a number is out of range, or there are so many clients that nothing is left for each.
+    """
+
+    bits: int
+    clip: float
+    cap: float
+    clients: int
+
+    def __post_init__(self) -> None:
+        if (
+            self.bits not in (16, 32)
+            or not 0 < self.clip < math.inf
+            or not 1 <= self.cap < math.inf
+            or self.clients < 1
+        ):
+            raise ConfigError(f"{self.bits} bits, clip {self.clip}, weights to {self.cap}, {self.clients} clients")
+        if not 0 < self.units < math.inf or self.bound < 1:
+            raise ConfigError(
+                f"{self.clients} clients and clip {self.clip:g} leave nothing of {self.bits} bits",
+                hint="a modulus of 32 bits",
+            )
+
+    @property
+    def bound(self) -> int:
+        """Q: no client's integer is larger in magnitude."""
+        return ((1 << (self.bits - 1)) - 1) // self.clients
+
+    @property
+    def units(self) -> float:
+        """Integers for 1.0 with a relative weight of 1."""
+        return self.bound / (self.clip * self.cap)
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        """What integers travel as: unsigned, little-endian on the wire."""
+        return np.dtype(np.uint16 if self.bits == 16 else np.uint32)
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """A relative weight.
+
+    Attributes:
+        units: of one UNIT-th, at least 1. capped: was it larger?
+    """
+
+    units: int
+    capped: bool
+
+    @property
+    def value(self) -> float:
+        return self.units / UNIT
+
+    def __repr__(self) -> str:
+        return "Ratio(…)"  # how much data a client has is its own business
+
+
+UNIFORM = Ratio(UNIT, False)
+"""What everybody weighs when weights are uniform."""
+
+
+def ratio(weight: float, reference: float, cap: float) -> Ratio:
+    """A weight by a public reference, at most `cap`.
+
+    Raises:
+        ConfigError: a weight that is not over 0 and finite.
+    """
+    if not 0 < weight < math.inf:
+        raise ConfigError(
+            "a client's weight is not over 0 and finite", hint="examples=, the number of those trained on"
+        )
+    most = math.floor(cap * UNIT)
+    wanted = weight / reference * UNIT
+    return Ratio(most, True) if wanted > most else Ratio(max(1, round(wanted)), False)
+
+
+def finite(vector: Array) -> None:
+    """Refuse an update before anything of it is sent.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        if math.isfinite(
+            float(np.dot(vector, vector))
+        ):  # one quick pass; large numbers overflow and are looked at again
+            return
+    if not bool(np.isfinite(vector).all()):
+        raise NonFiniteError(
+            "an update holds NaN or infinity", hint="look at the loss of this round, or at its learning rate"
+        )
+
+
+class Quantiser:
+    """Writes a client's update as integers. It keeps its working memory.
+
+    Args:
+        weight: the client's.
+        source: what rounding by chance is drawn from.
+    """
+
+    def __init__(self, scale: Scale, weight: Ratio, source: Generator) -> None:
+        self.dtype = scale.dtype
+        self._clip, self._bound = scale.clip, float(scale.bound)
+        self._factor = scale.units * weight.value
+        self._source = source if scale.bits == 16 else None
+        self._work, self._drawn = np.empty(PIECE), np.empty(PIECE if self._source else 0)
+        self._signed = np.dtype(f"i{scale.bits // 8}")
+
+    def write(self, vector: Array, out: Array) -> int:
+        """Quantise.
+
+        Args:
+            vector: float32 or float64, one-dimensional. out: of `dtype`, as long.
+
+        Returns:
+            How many elements were cut off at the clip.
+
+        Raises:
+            NonFiniteError: it holds NaN or infinity; `out` may hold anything.
+        """
+        signed = out.view(self._signed)
+        return sum(
+            self._piece(vector[start : start + PIECE], signed[start : start + PIECE])
+            for start in range(0, len(vector), PIECE)
+        )
+
+    def _piece(self, vector: Array, out: Array) -> int:
+        clipped, work = 0, self._work[: len(vector)]
+        most = max(float(vector.max()), -float(vector.min()))
+        if not math.isfinite(most):
+            raise NonFiniteError("an update holds NaN or infinity")
+        np.multiply(vector, self._factor, out=work, dtype=np.float64)
+        if most > self._clip:
+            limit = self._clip * self._factor
+            clipped = int(np.count_nonzero(work > limit)) + int(np.count_nonzero(work < -limit))
+            np.clip(work, -limit, limit, out=work)
+        if self._source is None:
+            np.rint(work, out=work)
+        else:
+            drawn = self._source.random(out=self._drawn[: len(vector)])
+            np.floor(np.add(work, drawn, out=work), out=work)
+            np.clip(work, -self._bound, self._bound, out=work)  # a product may have been rounded up past the bound
+        np.copyto(out, work, casting="unsafe")
+        return clipped
+
+
+def average(total: Array, scale: Scale, clients: int, weight: float, out: Array) -> None:
+    """The weighted average behind an unmasked sum.
+
+    Args:
+        total: of `scale.dtype`. clients: whose it is the sum. weight: the sum of their relative weights.
+        out: float32 or float64, as long.
+
+    Raises:
+        ProtocolError: `malformed`: no such sum can be: the masks did not cancel. `out` may hold anything.
+    """
+    signed = total.view(f"i{scale.bits // 8}")
+    bound, factor = clients * scale.bound, 1 / (scale.units * weight)
+    for start in range(0, len(total), PIECE):
+        piece = signed[start : start + PIECE]
+        if max(int(piece.max()), -int(piece.min())) > bound:
+            raise ProtocolError("malformed", f"an element of the sum of {clients} clients is over its bound")
+        np.multiply(piece, factor, out=out[start : start + PIECE], dtype=np.float64, casting="unsafe")
+
+
+def auxiliary(weight: Ratio, clipped: int, metrics: Sequence[float], clients: int) -> Array:
+    """What is summed beside an update: uint64, `LANES` and one for each metric.
+
+    Args:
+        clipped: elements that were cut off. metrics: of this client; averaged with its weight. clients: how many may be summed.
+
+    Raises:
+        NonFiniteError: a metric is NaN or infinite.
+    """
+    most = ((1 << 63) - 1) // clients
+    if not all(map(math.isfinite, metrics)):
+        raise NonFiniteError("a metric is NaN or infinite")
+    scaled = [max(-most, min(most, round(metric * weight.units * METRIC))) for metric in metrics]
+    return np.array([1, weight.units, weight.capped, clipped, *scaled], np.int64).view(np.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The sums beside an average.
+
+    Attributes:
+        clients: how many. weight: the sum of their relative weights. capped: whose was cut off.
+        clipped: elements cut off, of all. metrics: weighted averages.
+    """
+
+    clients: int
+    weight: float
+    capped: int
+    clipped: int
+    metrics: tuple[float, ...]
+
+
+def totals(lanes: Array, clients: int, cap: float, elements: int) -> Totals:
+    """Read an unmasked sum of auxiliary vectors.
+
+    Args:
+        lanes: uint64. clients: how many should be in it. cap: the largest relative weight. elements: of the update.
+
+    Raises:
+        ProtocolError: `malformed`: no such sum can be: the masks did not cancel, or a client lies.
+    """
+    found = [int(lane) for lane in lanes.view(np.int64)]
+    weight = found[WEIGHT]
+    if (
+        found[CLIENTS] != clients
+        or not clients <= weight <= clients * cap * UNIT
+        or not 0 <= found[CAPPED] <= clients
+        or not 0 <= found[CLIPPED] <= clients * elements
+    ):
+        raise ProtocolError("malformed", f"what was counted beside the sum is not of {clients} clients")
+    metrics = tuple(lane / METRIC / weight for lane in found[METRICS:])
+    return Totals(clients, weight / UNIT, found[CAPPED], found[CLIPPED], metrics)

@@ -1,0 +1,165 @@
+"""Noise that clients add to their updates before masking, so that the sum says little of any of them (SPEC §14).
+
+Skellam noise (Agarwal, Kairouz and Liu 2021): sums of Skellams are Skellam, so what drops out needs no analysis of its own.
+
+Rules
+- The only file here that makes generators, and each is a new one, seeded from the system's randomness.
+- Only those survivors are counted on who are honest whoever drops out: the noise of each is the whole divided by their number.
+- numpy's sampler is a floating-point approximation and its generators are not cryptographic; the guarantee is as good as they are.
+- What is not noisy is not private: with noise, weights are uniform and no metrics are summed.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ..errors import ConfigError, NonFiniteError
+
+Generator: TypeAlias = np.random.Generator
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+
+PIECE = 1 << 16
+"""Elements worked on at a time."""
+FINE = 3.0
+"""Units of the clip, by the root of the elements, from which rounding costs next to nothing."""
+SIGMAS = 12.0
+"""Noise beyond this many standard deviations does not occur: 2^-100 for each element."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skellam:
+    """How much noise.
+
+    Attributes:
+        clip: the L2 norm that no update exceeds. multiplier: standard deviation of the whole noise, by `clip`.
+        units: integers that `clip` becomes.
+        honest: survivors that are counted on, at most the fewest that there may be, less those of them that may be corrupt.
+
+    Raises:
+        ConfigError: a number that cannot be.
+    """
+
+    clip: float
+    multiplier: float
+    units: int
+    honest: int
+
+    def __post_init__(self) -> None:
+        if not (
+            0 < self.clip < math.inf and 0 < self.multiplier < math.inf and 0 < self.units < 2**31 and self.honest > 0
+        ):
+            raise ConfigError(
+                f"noise with clip {self.clip}, multiplier {self.multiplier}, {self.units} units, {self.honest} honest"
+            )
+
+    @property
+    def variance(self) -> float:
+        """Of what one client adds to each element, in units squared."""
+        return (self.multiplier * self.units) ** 2 / self.honest
+
+    def norm(self, elements: int) -> float:
+        """The L2 norm in units that no rounded update exceeds: conditional rounding with beta = e^-1/2 (Kairouz et al. 2021)."""
+        root = math.sqrt(elements)
+        return min(self.units + root, math.sqrt(self.units**2 + elements / 4 + self.units + root / 2))
+
+    def fits(self, bits: int, clients: int, elements: int) -> bool:
+        """Does the sum of so many clients stay within a modulus of so many bits?"""
+        noise = SIGMAS * math.sqrt(clients * self.variance)
+        return clients * self.norm(elements) + noise < 1 << (bits - 1)
+
+
+def generator() -> Generator:
+    """A generator of its own, for rounding and noise."""
+    return np.random.Generator(np.random.PCG64DXSM(secrets.randbits(256)))
+
+
+def skellam(variance: float, out: Array, source: Generator) -> None:
+    """Add noise to a vector, in its modulus.
+
+    Args:
+        variance: over 0. out: unsigned integers, one-dimensional.
+    """
+    for start in range(0, len(out), PIECE):
+        piece = out[start : start + PIECE]
+        drawn = source.poisson(variance / 2, len(piece)) - source.poisson(variance / 2, len(piece))
+        np.add(piece, drawn.astype(out.dtype), out=piece)
+
+
+def privatise(vector: Array, amount: Skellam, out: Array, source: Generator) -> bool:
+    """An update in units, clipped, rounded and with its noise. It is to be masked afterwards.
+
+    Args:
+        vector: float32 or float64, all of the update: its norm is what is clipped. out: uint16 or uint32, as long.
+
+    Returns:
+        Was it over the clip?
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity.
+    """
+    length = math.sqrt(_squares(vector))
+    if not math.isfinite(length):
+        raise NonFiniteError("an update holds NaN or infinity, or is too large", hint="look at the loss of this round")
+    factor = amount.units / max(amount.clip, length)
+    most = amount.norm(len(vector)) ** 2
+    while _round(vector, factor, out, source) > most:  # 2.5 times on average at worst, usually once
+        pass
+    skellam(amount.variance, out, source)
+    return length > amount.clip
+
+
+def _squares(vector: Array) -> float:
+    """The sum of the squares of its elements."""
+    return math.fsum(
+        float(np.square(vector[start : start + PIECE], dtype=np.float64).sum())
+        for start in range(0, len(vector), PIECE)
+    )
+
+
+def _round(vector: Array, factor: float, out: Array, source: Generator) -> float:
+    """Multiply, round up or down so that the mean is kept, and return the sum of the squares of what came out."""
+    signed = out.view(out.dtype.str.replace("u", "i"))
+    squares = []
+    for start in range(0, len(vector), PIECE):
+        work = np.multiply(vector[start : start + PIECE], factor, dtype=np.float64)
+        np.floor(np.add(work, source.random(len(work)), out=work), out=work)
+        signed[start : start + PIECE] = work
+        squares.append(float(np.square(work, out=work).sum()))
+    return math.fsum(squares)
+
+
+def restore(total: Array, amount: Skellam, clients: int, out: Array) -> None:
+    """The average update behind a sum.
+
+    Args:
+        total: the unmasked sum, uint16 or uint32. clients: how many survived. out: float32 or float64, as long.
+    """
+    signed = total.view(total.dtype.str.replace("u", "i"))
+    np.multiply(signed, amount.clip / amount.units / clients, out=out, casting="unsafe")
+
+
+def renyi(orders: Sequence[int], amount: Skellam, elements: int) -> list[float]:
+    """The Renyi divergence of one round by order, for sums with and without one client (Agarwal, Kairouz and Liu 2021).
+
+    Args:
+        orders: whole numbers over 1. elements: of the update.
+
+    Raises:
+        ValueError: an order for which nothing is proven.
+    """
+    if any(order != int(order) or order < 2 for order in orders):
+        raise ValueError("the bound is proven for whole orders from 2")
+    square = amount.norm(elements) ** 2
+    long = min(math.sqrt(elements * square), square)
+    whole = amount.variance * amount.honest
+    return [
+        order * square / (2 * whole)
+        + min(((2 * order - 1) * square + 6 * long) / (4 * whole**2), 3 * long / (2 * whole))
+        for order in orders
+    ]
