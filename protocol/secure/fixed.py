@@ -10,13 +10,15 @@ Rules
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from ..errors import ConfigError, NonFiniteError, ProtocolError
-from .noise import Array, Generator
+from .noise import Array
 
 PIECE = 1 << 16
 """Elements worked on at a time."""
@@ -24,6 +26,9 @@ UNIT = 1 << 20
 """A relative weight of 1."""
 METRIC = 1 << 12
 """A metric of 1 with a weight of one UNIT-th; so a metric is exact to 2^-32."""
+_FRACTION = 1 << 16
+_ZEROS = memoryview(bytes(2 * PIECE))
+
 CLIENTS, WEIGHT, CAPPED, CLIPPED, METRICS = range(5)
 """Lanes of the auxiliary vector; the metrics' begin with the last."""
 LANES = METRICS
@@ -137,16 +142,17 @@ class Quantiser:
 
     Args:
         weight: the client's.
-        source: what rounding by chance is drawn from.
+        seed: 32 bytes that rounding by chance is drawn from: AES-256 in counter mode, which costs less than other generators.
+            By default the system's randomness; it MUST NOT be used twice.
     """
 
-    def __init__(self, scale: Scale, weight: Ratio, source: Generator) -> None:
+    def __init__(self, scale: Scale, weight: Ratio, seed: bytes | None = None) -> None:
         self.dtype = scale.dtype
-        self._clip, self._bound = scale.clip, float(scale.bound)
-        self._factor = scale.units * weight.value
-        self._source = source if scale.bits == 16 else None
-        self._work, self._drawn = np.empty(PIECE), np.empty(PIECE if self._source else 0)
-        self._signed = np.dtype(f"i{scale.bits // 8}")
+        self._clip, self._chance = scale.clip, scale.bits == 16
+        self._factor = scale.units * weight.value * (_FRACTION if self._chance else 1)
+        self._work = np.empty(PIECE)
+        self._whole, self._drawn = np.empty(PIECE, np.int32), bytearray(2 * PIECE + 16)
+        self._cipher, self._pieces = AESGCM(seed or secrets.token_bytes(32)), 0
 
     def write(self, vector: Array, out: Array) -> int:
         """Quantise.
@@ -160,7 +166,7 @@ class Quantiser:
         Raises:
             NonFiniteError: it holds NaN or infinity; `out` may hold anything.
         """
-        signed = out.view(self._signed)
+        signed = out.view(np.int16 if self._chance else np.int32)
         return sum(
             self._piece(vector[start : start + PIECE], signed[start : start + PIECE])
             for start in range(0, len(vector), PIECE)
@@ -176,14 +182,24 @@ class Quantiser:
             limit = self._clip * self._factor
             clipped = int(np.count_nonzero(work > limit)) + int(np.count_nonzero(work < -limit))
             np.clip(work, -limit, limit, out=work)
-        if self._source is None:
-            np.rint(work, out=work)
+        np.rint(work, out=work)
+        if self._chance:
+            self._round(work, out)
         else:
-            drawn = self._source.random(out=self._drawn[: len(vector)])
-            np.floor(np.add(work, drawn, out=work), out=work)
-            np.clip(work, -self._bound, self._bound, out=work)  # a product may have been rounded up past the bound
-        np.copyto(out, work, casting="unsafe")
+            np.copyto(out, work, casting="unsafe")
         return clipped
+
+    def _round(self, work: Array, out: Array) -> None:
+        """Up as often as the fraction says: what is below the point is 16 bits, and a uniform 16 bits are added to them."""
+        whole, size = self._whole[: len(work)], 2 * len(work)
+        self._pieces += 1
+        self._cipher.encrypt_into(
+            self._pieces.to_bytes(12, "big"), _ZEROS[:size], None, memoryview(self._drawn)[: size + 16]
+        )
+        np.copyto(whole, work, casting="unsafe")
+        np.add(whole, np.frombuffer(self._drawn, np.uint16, len(work)), out=whole)
+        np.right_shift(whole, 16, out=whole)
+        np.copyto(out, whole, casting="unsafe")
 
 
 def average(total: Array, scale: Scale, clients: int, weight: float, out: Array) -> None:

@@ -9,6 +9,7 @@ Rules
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 _WORD = 16
 """Bytes a draw: what is left over in them shifts a probability by less than 2^-100."""
@@ -34,6 +35,12 @@ def neighbours(sid: bytes, count: int, degree: int) -> tuple[tuple[int, ...], ..
     for place, rank in enumerate(ring):
         found[rank] = tuple(sorted(ring[(place + step) % count] for step in reach))
     return tuple(found)
+
+
+def sides(rank: int, others: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """With which of its neighbours a member adds the mask they share, and with which it subtracts it: each mask is in the sum once
+    with either sign."""
+    return tuple(other for other in others if other > rank), tuple(other for other in others if other < rank)
 
 
 def _ring(sid: bytes, count: int) -> list[int]:
