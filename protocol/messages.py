@@ -13,6 +13,7 @@ from typing import ClassVar, TypeAlias
 from .records import Member as Member
 from .records import Members, Places
 from .records import Place as Place
+from .rounds import RoundMessage
 from .schema import (
     I64,
     U32,
@@ -554,4 +555,5 @@ Message: TypeAlias = (
     | Answer
     | Echo
     | Echoed
+    | RoundMessage
 )
