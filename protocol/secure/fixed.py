@@ -233,7 +233,7 @@ def auxiliary(weight: Ratio, clipped: int, metrics: Sequence[float], clients: in
     most = ((1 << 63) - 1) // clients
     if not all(map(math.isfinite, metrics)):
         raise NonFiniteError("a metric is NaN or infinite")
-    scaled = [max(-most, min(most, round(metric * weight.units * METRIC))) for metric in metrics]
+    scaled = [round(max(-most, min(most, metric * weight.units * METRIC))) for metric in metrics]
     return np.array([1, weight.units, weight.capped, clipped, *scaled], np.int64).view(np.uint64)
 
 

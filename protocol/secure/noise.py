@@ -116,10 +116,9 @@ def privatise(vector: Array, amount: Skellam, out: Array, source: Generator) -> 
 
 def _squares(vector: Array) -> float:
     """The sum of the squares of its elements."""
-    return math.fsum(
-        float(np.square(vector[start : start + PIECE], dtype=np.float64).sum())
-        for start in range(0, len(vector), PIECE)
-    )
+    pieces = (vector[start : start + PIECE] for start in range(0, len(vector), PIECE))
+    with np.errstate(over="ignore"):
+        return math.fsum(float(np.square(piece, dtype=np.float64).sum()) for piece in pieces)
 
 
 def _round(vector: Array, factor: float, out: Array, source: Generator) -> float:

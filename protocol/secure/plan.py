@@ -277,6 +277,10 @@ def _noise(value: Any) -> Any:
     return None if value == () else value
 
 
+def _amount(value: Any) -> bool:
+    return value is None or (type(value) is Skellam and [type(each) for each in astuple(value)] == _AMOUNT)
+
+
 def _masked(plan: Plan) -> bool:
     """Do the numbers of a masked round fit each other?"""
     if plan.protection == CLEAR:
@@ -319,7 +323,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "training": (_tuple(_setting, MAX_SETTINGS), "names and values"),
     "metrics": (_tuple(_text, MAX_METRICS), "names"),
     "deadlines": (_tuple(_real, MAX_DEADLINES), "seconds"),
-    "noise": (lambda value: value is None or [type(each) for each in astuple(value)] == _AMOUNT, "an amount of noise"),
+    "noise": (_amount, "an amount of noise"),
     "stream": _whole(PRG, PRG),
 }
 _LAWS: tuple[tuple[Callable[[Plan], bool], str], ...] = (
