@@ -91,6 +91,7 @@ def test_there_is_no_such_graph(count: int, degree: int) -> None:
 
 def test_a_mask_is_added_once_and_subtracted_once() -> None:
     """By the lower rank and by the higher."""
+    assert ((5, 7), (1, 2)) == sides(3, (1, 2, 5, 7))
     graph = neighbours(bytes(32), 9, 4)
     signs: Counter[frozenset[int]] = Counter()
     for rank, others in enumerate(graph):

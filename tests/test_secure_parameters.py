@@ -137,6 +137,7 @@ def test_privacy_that_is_violated() -> None:
     """As a client computes it again: complete, lying servers on a regular graph, too few neighbours, too low a threshold."""
     assert "" == violated(10, 9, 7, 3, 3, True)
     assert "2t > N + c" in violated(10, 9, 6, 3, 3, True)
+    assert "2t > N + c" in violated(10, 9, 6, 2, 3, True)
     assert "t > c" in violated(10, 9, 3, 3, 3, False)
     assert "" == violated(1000, 48, 27, 100, 100, False)
     assert "k = N - 1" in violated(1000, 48, 27, 100, 100, True)

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ..errors import ConfigError, NonFiniteError
+from ..errors import ConfigError, NonFiniteError, ProtocolError
 
 Generator: TypeAlias = np.random.Generator
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
@@ -68,10 +68,13 @@ class Skellam:
         root = math.sqrt(elements)
         return min(self.units + root, math.sqrt(self.units**2 + elements / 4 + self.units + root / 2))
 
+    def bound(self, clients: int, elements: int) -> float:
+        """What no element of a sum of so many clients exceeds, in units."""
+        return clients * self.norm(elements) + SIGMAS * math.sqrt(clients * self.variance)
+
     def fits(self, bits: int, clients: int, elements: int) -> bool:
         """Does the sum of so many clients stay within a modulus of so many bits?"""
-        noise = SIGMAS * math.sqrt(clients * self.variance)
-        return clients * self.norm(elements) + noise < 1 << (bits - 1)
+        return self.bound(clients, elements) < 1 << (bits - 1)
 
 
 def generator() -> Generator:
@@ -133,14 +136,23 @@ def _round(vector: Array, factor: float, out: Array, source: Generator) -> float
     return math.fsum(squares)
 
 
-def restore(total: Array, amount: Skellam, clients: int, out: Array) -> None:
-    """The average update behind a sum.
+def restore(total: Array, amount: Skellam, clients: int, elements: int, out: Array) -> None:
+    """The average update behind an unmasked sum.
 
     Args:
-        total: the unmasked sum, uint16 or uint32. clients: how many survived. out: float32 or float64, as long.
+        total: the sum or a part of it, uint16 or uint32. clients: how many survived. elements: of the whole update.
+        out: float32 or float64, as long as the sum.
+
+    Raises:
+        ProtocolError: `malformed`: no such sum can be: the masks did not cancel. `out` may hold anything.
     """
     signed = total.view(total.dtype.str.replace("u", "i"))
-    np.multiply(signed, amount.clip / amount.units / clients, out=out, casting="unsafe")
+    bound, factor = amount.bound(clients, elements), amount.clip / amount.units / clients
+    for start in range(0, len(total), PIECE):
+        piece = signed[start : start + PIECE]
+        if max(int(piece.max()), -int(piece.min())) > bound:
+            raise ProtocolError("malformed", f"an element of the sum of {clients} clients is over its bound")
+        np.multiply(piece, factor, out=out[start : start + PIECE], dtype=np.float64, casting="unsafe")
 
 
 def renyi(orders: Sequence[int], amount: Skellam, elements: int) -> list[float]:
