@@ -23,9 +23,10 @@ import click
 import numpy as np
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from ..protocol.secure.fixed import UNIFORM, Quantiser, Scale, finite
+from ..protocol.secure.fixed import UNIFORM, Quantiser, finite
 from ..protocol.secure.masks import CHUNK_BYTES, Masks
 from ..protocol.secure.noise import Array
+from ..protocol.secure.scale import Scale
 from .pushpull import machine
 from .table import time_text
 

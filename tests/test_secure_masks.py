@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from shoal.protocol.errors import NonFiniteError
 from shoal.protocol.secure import masks
-from shoal.protocol.secure.fixed import LANES, UNIFORM, Quantiser, Scale, auxiliary, average, totals
+from shoal.protocol.secure.fixed import UNIFORM, Quantiser, auxiliary, average, totals
 from shoal.protocol.secure.graph import neighbours, sides
 from shoal.protocol.secure.keys import Pair, pair_key, self_key
 from shoal.protocol.secure.masks import ALIGN, AUXILIARY, CHUNK_BYTES, Masks, apply
+from shoal.protocol.secure.scale import LANES, Scale
 
 KEY = bytes(range(32))
 ZERO = bytes(32)

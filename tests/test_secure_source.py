@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from shoal.protocol import secure
-from shoal.protocol.secure.fixed import Quantiser, Scale, ratio
+from shoal.protocol.secure.fixed import Quantiser, ratio
 from shoal.protocol.secure.keys import Identity, Pair
 from shoal.protocol.secure.masks import Masks
+from shoal.protocol.secure.scale import Scale
 from shoal.protocol.secure.shares import Combiner, split
 
 FILES = sorted(Path(str(secure.__file__)).parent.glob("*.py"))

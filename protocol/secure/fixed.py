@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from ..errors import ConfigError, NonFiniteError, ProtocolError
 from .noise import Array
+from .scale import CAPPED, CLIENTS, CLIPPED, METRICS, WEIGHT, Scale
 
 PIECE = 1 << 16
 """Elements worked on at a time."""
@@ -28,58 +29,6 @@ METRIC = 1 << 12
 """A metric of 1 with a weight of one UNIT-th; so a metric is exact to 2^-32."""
 _FRACTION = 1 << 16
 _ZEROS = memoryview(bytes(2 * PIECE))
-
-CLIENTS, WEIGHT, CAPPED, CLIPPED, METRICS = range(5)
-"""Lanes of the auxiliary vector; the metrics' begin with the last."""
-LANES = METRICS
-"""How many there are without metrics."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """How floats become integers.
-
-    Args:
-        bits: of the modulus, 16 or 32. clip: magnitude beyond which an element is cut off.
-        cap: the largest relative weight. clients: how many may be summed.
-
-    Raises:
-        ConfigError: a number is out of range, or there are so many clients that nothing is left for each.
-    """
-
-    bits: int
-    clip: float
-    cap: float
-    clients: int
-
-    def __post_init__(self) -> None:
-        if (
-            self.bits not in (16, 32)
-            or not 0 < self.clip < math.inf
-            or not 1 <= self.cap < math.inf
-            or self.clients < 1
-        ):
-            raise ConfigError(f"{self.bits} bits, clip {self.clip}, weights to {self.cap}, {self.clients} clients")
-        if not 0 < self.units < math.inf or self.bound < 1:
-            raise ConfigError(
-                f"{self.clients} clients and clip {self.clip:g} leave nothing of {self.bits} bits",
-                hint="a modulus of 32 bits",
-            )
-
-    @property
-    def bound(self) -> int:
-        """Q: no client's integer is larger in magnitude."""
-        return ((1 << (self.bits - 1)) - 1) // self.clients
-
-    @property
-    def units(self) -> float:
-        """Integers for 1.0 with a relative weight of 1."""
-        return self.bound / (self.clip * self.cap)
-
-    @property
-    def dtype(self) -> np.dtype[np.unsignedinteger]:
-        """What integers travel as: unsigned, little-endian on the wire."""
-        return np.dtype(np.uint16 if self.bits == 16 else np.uint32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +115,7 @@ class Quantiser:
         Raises:
             NonFiniteError: it holds NaN or infinity; `out` may hold anything.
         """
-        signed = out.view(np.int16 if self._chance else np.int32)
+        signed = out.view("<i2" if self._chance else "<i4")
         return sum(
             self._piece(vector[start : start + PIECE], signed[start : start + PIECE])
             for start in range(0, len(vector), PIECE)
@@ -212,7 +161,7 @@ def average(total: Array, scale: Scale, clients: int, weight: float, out: Array)
     Raises:
         ProtocolError: `malformed`: no such sum can be: the masks did not cancel. `out` may hold anything.
     """
-    signed = total.view(f"i{scale.bits // 8}")
+    signed = total.view(f"<i{scale.bits // 8}")
     bound, factor = clients * scale.bound, 1 / (scale.units * weight)
     for start in range(0, len(total), PIECE):
         piece = signed[start : start + PIECE]

@@ -22,8 +22,6 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from .fixed import Quantiser
 from .noise import Array
 
-PRG = 1
-"""The number of this stream in a plan."""
 CHUNK_BYTES = 1 << 18
 ALIGN = CHUNK_BYTES // 2
 """Elements, of either width, by which a shard's part is best begun: then no chunk is made twice."""

@@ -15,15 +15,16 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 from ..errors import ConfigError, ProtectionError, ProtocolError
-from .fixed import LANES, Scale
 from .hashing import SIZE, digest, pack, unpack
-from .masks import PRG
-from .noise import FINE, Skellam
 from .parameters import CORRUPT, most, violated
+from .privacy import FINE, Skellam
+from .scale import LANES, Scale
 
 VERSION = 1
 SECAGG, CLEAR = "secagg", "clear"
 """Protections: masked, or every update as it is."""
+STREAM = 1
+"""The number of the masks' stream: AES-256-CTR as in `masks`."""
 MAX_BYTES = 1 << 18
 """Of a packed plan."""
 MAX_CLIENTS = 4096
@@ -77,7 +78,7 @@ class Plan:
     metrics: tuple[str, ...]
     deadlines: tuple[float, ...]
     noise: Skellam | None = None
-    stream: int = PRG
+    stream: int = STREAM
 
     def __post_init__(self) -> None:
         for name, (holds, law) in _FIELDS.items():
@@ -324,7 +325,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "metrics": (_tuple(_text, MAX_METRICS), "names"),
     "deadlines": (_tuple(_real, MAX_DEADLINES), "seconds"),
     "noise": (_amount, "an amount of noise"),
-    "stream": _whole(PRG, PRG),
+    "stream": _whole(STREAM, STREAM),
 }
 _LAWS: tuple[tuple[Callable[[Plan], bool], str], ...] = (
     (lambda plan: plan.minimum <= plan.cohort, "minimum <= cohort"),
