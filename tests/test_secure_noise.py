@@ -72,7 +72,7 @@ def test_an_update_keeps_its_mean_and_loses_what_is_over_the_clip() -> None:
             over = privatise(factor * update, AMOUNT, sent, source(seed))
             assert over == (factor * length > AMOUNT.clip)
             total += sent
-        restore(total, AMOUNT, clients, 200, out)
+        restore(total, AMOUNT, clients, out)
         expected = update * min(factor, AMOUNT.clip / length)
         deviation = AMOUNT.clip / AMOUNT.units * math.sqrt((AMOUNT.variance + 0.25) / clients)
         assert np.abs(out - expected).max() < 5 * deviation
@@ -80,12 +80,12 @@ def test_an_update_keeps_its_mean_and_loses_what_is_over_the_clip() -> None:
 
 def test_masks_that_did_not_cancel_are_noticed() -> None:
     """An element of the sum is over what clipping and twelve deviations allow, on either side."""
-    bound = int(AMOUNT.bound(7, 1000))
-    assert bound == int(7 * AMOUNT.norm(1000) + 12 * math.sqrt(7 * AMOUNT.variance))
+    bound = int(AMOUNT.bound(7))
+    assert bound == int(7 * 401 + 12 * math.sqrt(7 * AMOUNT.variance))
     for edge in (bound, -bound):
-        restore(np.array([0, edge], np.int32).view(np.uint32), AMOUNT, 7, 1000, np.zeros(2))
+        restore(np.array([0, edge], np.int32).view(np.uint32), AMOUNT, 7, np.zeros(2))
         with pytest.raises(ProtocolError, match="over its bound"):
-            restore(np.array([0, edge + np.sign(edge)], np.int32).view(np.uint32), AMOUNT, 7, 1000, np.zeros(2))
+            restore(np.array([0, edge + np.sign(edge)], np.int32).view(np.uint32), AMOUNT, 7, np.zeros(2))
 
 
 def test_rounding_is_repeated_until_it_fits() -> None:

@@ -207,7 +207,7 @@ def test_bytes_that_are_no_plan() -> None:
         (b"", "malformed"),
         (PLAN.packed[:-1], "malformed"),
         (PLAN.packed + b"\0", "malformed"),
-        (bytes(plans.MAX_BYTES + 1), "malformed"),
+        (pack(("x" * plans.MAX_BYTES,)), "malformed"),
         (pack(()), "malformed"),
         (pack(7), "malformed"),
         (pack((2, *right[1:])), "version"),

@@ -86,18 +86,18 @@ def _round(vector: Array, factor: float, out: Array, source: Generator) -> float
     return math.fsum(squares)
 
 
-def restore(total: Array, amount: Skellam, clients: int, elements: int, out: Array) -> None:
+def restore(total: Array, amount: Skellam, clients: int, out: Array) -> None:
     """The average update behind an unmasked sum.
 
     Args:
-        total: the sum or a part of it, uint16 or uint32. clients: how many survived. elements: of the whole update.
+        total: the sum or a part of it, uint16 or uint32. clients: how many survived.
         out: float32 or float64, as long as the sum.
 
     Raises:
         ProtocolError: `malformed`: no such sum can be: the masks did not cancel. `out` may hold anything.
     """
     signed = total.view(total.dtype.str.replace("u", "i"))
-    bound, factor = amount.bound(clients, elements), amount.clip / amount.units / clients
+    bound, factor = amount.bound(clients), amount.clip / amount.units / clients
     for start in range(0, len(total), PIECE):
         piece = signed[start : start + PIECE]
         if max(int(piece.max()), -int(piece.min())) > bound:

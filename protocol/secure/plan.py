@@ -294,7 +294,7 @@ def _masked(plan: Plan) -> bool:
 def _noisy(plan: Plan) -> bool:
     if plan.noise is None:
         return True
-    fits = plan.noise.honest <= plan.minimum and plan.noise.fits(plan.bits, plan.cohort, plan.elements)
+    fits = plan.noise.honest <= plan.minimum and plan.noise.fits(plan.bits, plan.cohort)
     return fits and plan.uniform and not plan.metrics
 
 

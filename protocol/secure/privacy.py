@@ -56,13 +56,13 @@ class Skellam:
         root = math.sqrt(elements)
         return min(self.units + root, math.sqrt(self.units**2 + elements / 4 + self.units + root / 2))
 
-    def bound(self, clients: int, elements: int) -> float:
-        """What no element of a sum of so many clients exceeds, in units."""
-        return clients * self.norm(elements) + SIGMAS * math.sqrt(clients * self.variance)
+    def bound(self, clients: int) -> float:
+        """What no element of a sum of so many clients exceeds, in units: each is clipped and rounded, and noise has its limits."""
+        return clients * (self.units + 1) + SIGMAS * math.sqrt(clients * self.variance)
 
-    def fits(self, bits: int, clients: int, elements: int) -> bool:
+    def fits(self, bits: int, clients: int) -> bool:
         """Does the sum of so many clients stay within a modulus of so many bits?"""
-        return self.bound(clients, elements) < 1 << (bits - 1)
+        return self.bound(clients) < 1 << (bits - 1)
 
 
 def renyi(orders: Sequence[int], amount: Skellam, elements: int) -> list[float]:

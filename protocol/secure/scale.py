@@ -16,10 +16,8 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     import numpy as np
 
-CLIENTS, WEIGHT, CAPPED, CLIPPED, METRICS = range(5)
-"""Lanes of the auxiliary vector; the metrics' begin with the last."""
-LANES = METRICS
-"""How many there are without metrics."""
+LANES = 4
+"""Of the auxiliary vector, without metrics."""
 
 
 @dataclass(frozen=True, slots=True)
