@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from shoal.protocol.errors import ConfigError, NonFiniteError, ProtocolError
 from shoal.protocol.secure import fixed
 from shoal.protocol.secure.fixed import (
-    CAPPED,
     UNIFORM,
     UNIT,
     Quantiser,
@@ -23,7 +22,7 @@ from shoal.protocol.secure.fixed import (
     ratio,
     totals,
 )
-from shoal.protocol.secure.scale import LANES, Scale
+from shoal.protocol.secure.scale import CAPPED, LANES, Scale
 
 CLIP = 0.1
 SEED = bytes(range(32))

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from ..errors import ConfigError, NonFiniteError, ProtocolError
 from .noise import Array
-from .scale import LANES, Scale
+from .scale import CAPPED, CLIENTS, CLIPPED, LANES, WEIGHT, Scale
 
 PIECE = 1 << 16
 """Elements worked on at a time."""
@@ -27,8 +27,6 @@ UNIT = 1 << 20
 """A relative weight of 1."""
 METRIC = 1 << 12
 """A metric of 1 with a weight of one UNIT-th; so a metric is exact to 2^-32."""
-CLIENTS, WEIGHT, CAPPED, CLIPPED = range(LANES)
-"""Lanes of the auxiliary vector; behind them are the metrics'."""
 _FRACTION = 1 << 16
 _ZEROS = memoryview(bytes(2 * PIECE))
 

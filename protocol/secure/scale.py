@@ -16,8 +16,10 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     import numpy as np
 
+CLIENTS, WEIGHT, CAPPED, CLIPPED = range(4)
+"""Lanes of the auxiliary vector; behind them are the metrics'."""
 LANES = 4
-"""Of the auxiliary vector, without metrics."""
+"""How many there are without metrics."""
 
 
 @dataclass(frozen=True, slots=True)
