@@ -47,7 +47,7 @@ class Scale:
             or self.clients < 1
         ):
             raise ConfigError(f"{self.bits} bits, clip {self.clip}, weights to {self.cap}, {self.clients} clients")
-        if not 0 < self.units < math.inf or self.bound < 1:
+        if not 0 < self.units < math.inf:
             raise ConfigError(
                 f"{self.clients} clients and clip {self.clip:g} leave nothing of {self.bits} bits",
                 hint="a modulus of 32 bits",
