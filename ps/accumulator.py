@@ -287,7 +287,7 @@ class Accumulator:
         Masks(add, subtract, AUXILIARY).apply(held.lanes)
         counted = totals(held.lanes, len(held.added), plan.cap, plan.elements)
         masks, width = Masks(add, subtract), self._step(len(add) + len(subtract))
-        for start in range(0, len(held.main), width):
+        for start in range(0, len(held.main) if held.masked else 0, width):
             masks.apply(held.main[start : start + width], held.start + start)
             yield
         result = self._average(held, counted)
@@ -311,7 +311,7 @@ class Accumulator:
             return np.zeros(0, np.float32)
         result: Array = main.view(np.float32) if main.itemsize == 4 else np.empty(len(main), np.float32)
         if plan.noise is not None:
-            restore(main, plan.noise, counted.clients, plan.elements, result)
+            restore(main, plan.noise, counted.clients, result)
         elif held.masked:
             average(main, plan.scale(held.count), counted.clients, counted.weight, result)
         else:

@@ -199,6 +199,8 @@ class Session:
         stage, read = _FROM_WORKERS[type(message)]
         if incarnation in self._done.setdefault(stage, set()):
             return self._say(incarnation, note(message))  # again: the first one counts
+        if Stage.CONSENT <= stage < self.stage and incarnation in self.survivors:
+            return self._say(incarnation, note(message))  # enough have said it before
         if stage != self.stage or incarnation in self._gone or incarnation not in self._expected(stage):
             return self._close(incarnation)
         try:
