@@ -300,7 +300,7 @@ class RoundClient:
     # --- the stages
 
     def _invited(self, message: Invite) -> None:
-        if message.session == self.session or message.session in self._over:
+        if (self.phase and message.session == self.session) or message.session in self._over:
             return self._note(message)
         try:
             plan = Plan.unpack(bytes(message.buffers[0]))
