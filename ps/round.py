@@ -359,7 +359,7 @@ class Session:
         if len(unmasking.heard) >= self.plan.threshold and len(unmasking.heard) > self._solved:
             self._solved = len(unmasking.heard)
             if unmasking.solve():
-                return self._finish(*unmasking.keys(), now)
+                return self._finish(*unmasking.masks(), now)
         if now < self._deadline and unmasking.missing(self._ranks[each] for each in self._alive):
             return False
         return self._abandon(f"{len(unmasking.heard)} clients have unmasked, and that is not enough", now)

@@ -117,8 +117,8 @@ class Unmasking:
             return commitment(self._dealt.sid, secret) == self._dealt.commitments[owner]
         return Pair.of(secret).public == self._dealt.adverts[owner].masking
 
-    def keys(self) -> tuple[bytes, bytes]:
-        """The keys of the masks to add to the sum, and to subtract from it, end to end; `solve` has found everything."""
+    def masks(self) -> tuple[bytes, bytes]:
+        """The keys of the masks that are to be added to the sum, and subtracted from it, end to end; `solve` has found everything."""
         alive = set(self.survivors)
         add: list[bytes] = []
         subtract = [
