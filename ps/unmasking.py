@@ -118,7 +118,7 @@ class Unmasking:
         return Pair.of(secret).public == self._dealt.adverts[owner].masking
 
     def masks(self) -> tuple[bytes, bytes]:
-        """The keys of the masks that are to be added to the sum, and subtracted from it, end to end; `solve` has found everything."""
+        """The keys of the masks to add to the sum, and of those to subtract, end to end; `solve` has found everything."""
         alive = set(self.survivors)
         add: list[bytes] = []
         subtract = [
