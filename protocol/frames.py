@@ -19,6 +19,7 @@ from .asking import Answer, Echo, Echoed
 from .errors import ProtocolError
 from .messages import Fill, Message, Model, Push, Refused, Register, Share, Values
 from .records import Member, Phase, Place
+from .rounds import ONE_BUFFER, TWO_BUFFERS
 from .schema import Buffer, Check, Malformed, checks_of
 
 VERSION = 1
@@ -26,7 +27,7 @@ MAX_HEADER = 1024 * 1024
 MAX_BUFFER = 16 * 1024 * 1024 + 64 * 1024
 MAX_BUFFERS = 1026
 
-_ONE_BUFFER = (Register, Model, Share, Answer, Echo, Echoed)
+_ONE_BUFFER = (Register, Model, Share, Answer, Echo, Echoed, *ONE_BUFFER)
 _A_BUFFER_A_BLOCK = (Fill, Values, Push)
 
 
@@ -43,7 +44,7 @@ _KINDS: dict[int, tuple[type[Any], tuple[Check, ...]]] = {
 }
 _FIELDS = {kind: _getter(kind) for kind in get_args(Message)}
 _RECORDS = {kind: _getter(kind) for kind in (Place, Member, Phase)}
-_HAS_BUFFERS = frozenset(_ONE_BUFFER + _A_BUFFER_A_BLOCK)
+_HAS_BUFFERS = frozenset(_ONE_BUFFER + TWO_BUFFERS + _A_BUFFER_A_BLOCK)
 
 
 def _plain(value: Any) -> Any:
@@ -117,6 +118,8 @@ def buffer_count(message: Any) -> int:
     """
     if isinstance(message, _ONE_BUFFER):
         return 1
+    if isinstance(message, TWO_BUFFERS):
+        return 2
     if isinstance(message, Push | Values) and message.region and message.codec:
         raise ProtocolError("malformed", f"{type(message).__name__}: a codec in a region")
     if isinstance(message, Push):

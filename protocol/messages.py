@@ -15,6 +15,7 @@ from .records import Member as Member
 from .records import Members, Phases, Places
 from .records import Phase as Phase
 from .records import Place as Place
+from .rounds import RoundMessage
 from .schema import (
     I64,
     U32,
@@ -531,4 +532,5 @@ Message: TypeAlias = (
     | Echoed
     | Switch
     | Switched
+    | RoundMessage
 )

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.protocol import frames, schema
+from shoal.protocol import frames, rounds, schema
 from shoal.protocol import messages as m
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.frames import MAX_BUFFER, MAX_BUFFERS, MAX_HEADER, buffer_count, decode, encode, payload_bytes
 
 KINDS: tuple[type[Any], ...] = get_args(m.Message)
 HAVE_BUFFERS = {kind for kind in KINDS if any(field.name == "buffers" for field in fields(kind))}
-ONE_BUFFER = (m.Register, m.Model, m.Share, m.Answer, m.Echo, m.Echoed)
+ONE_BUFFER = (m.Register, m.Model, m.Share, m.Answer, m.Echo, m.Echoed, *rounds.ONE_BUFFER)
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
@@ -55,6 +55,8 @@ OF_KIND: dict[Any, st.SearchStrategy[Any]] = {
     schema.Requests: several(u64),
     schema.Refusals: rows(u64, text, text),
     m.Places: several(st.builds(m.Place, u32, u64, text, u32, text)),
+    rounds.Incarnations: several(u64),
+    rounds.State: st.integers(0, 2),
     m.Members: several(st.builds(m.Member, u64, text, st.booleans())),
     m.Phases: several(st.builds(m.Phase, st.integers(0, 2**63 - 1), text, real), most=2),
 }
@@ -78,7 +80,15 @@ def instances(draw: Callable[[Any], Any], kind: type[Any]) -> Any:
     elif kind in HAVE_BUFFERS:
         if kind is m.Values and values["region"]:
             values["codec"] = 0
-        count = 1 if kind in ONE_BUFFER else 0 if values.get("region") else len(values["blocks"])
+        count = (
+            1
+            if kind in ONE_BUFFER
+            else 2
+            if kind is rounds.Finish
+            else 0
+            if values.get("region")
+            else len(values["blocks"])
+        )
     if kind in HAVE_BUFFERS:
         values["buffers"] = tuple(draw(payload) for _ in range(count))
     return kind(**values)
@@ -359,6 +369,7 @@ def test_the_specification_lists_these_messages() -> None:
     """SPEC §7 and the code agree on every message's number, its fields in order, their kinds, and whether it has buffers."""
     kinds = {"inc": schema.U64, "u32": schema.U32, "u63": schema.U63, "u64": schema.U64, "i64": schema.I64}
     kinds |= {"f": schema.Real, "flag": schema.Flag, "[u32]": schema.Indices}
+    kinds |= {"[[text,": schema.Numbers, "incs": rounds.Incarnations, "s2": rounds.State}
     kinds |= {"c3": schema.PullCodec, "c4": schema.PushCodec}
     rows_ = spec_rows()
 

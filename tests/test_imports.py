@@ -15,13 +15,14 @@ import pytest
 import shoal
 
 ROOT = Path(shoal.__file__).parent
-ROOMS = ("protocol", "ps", "worker", "launch", "bench", "examples")
+ROOMS = ("protocol", "protocol/secure", "ps", "worker", "launch", "bench", "examples")
 FILES = {str(path.relative_to(ROOT)): path for room in ("", *ROOMS) for path in sorted((ROOT / room).glob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 MOST_LINES = 565
 
 MAY_KNOW = {
     "protocol": {"protocol"},
+    "protocol/secure": {"protocol"},
     "ps": {"protocol", "ps"},
     "worker": {"protocol", "worker"},
     "launch": {"protocol", "ps", "worker", "launch"},
@@ -39,7 +40,7 @@ ONLY = {
     "click": {"cli.py"},
 }
 """Who may import these, of the rooms that the rule is for; what is not named there is decided by events that come in."""
-EVERYWHERE = {"zmq": (*ROOMS[:4], ""), "click": (*ROOMS[:4], "")}
+EVERYWHERE = {"zmq": (*ROOMS[:5], ""), "click": (*ROOMS[:5], "")}
 
 TORCH = {
     *("ps/rules.py", "ps/weights.py", "ps/averaging.py", "ps/store.py", "ps/stale.py"),
@@ -76,7 +77,7 @@ def test_a_room_knows_only_whom_it_may(name: str) -> None:
     assert known <= MAY_KNOW[room(name)]
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if room(name) in ("", *ROOMS[:5])])
+@pytest.mark.parametrize("name", [name for name in FILES if room(name) in ("", *ROOMS[:6])])
 def test_imports_are_relative_and_name_the_defining_file(name: str) -> None:
     """A name is imported from where it is made: nothing is handed on from file to file."""
     for node in ast.walk(TREES[name]):
@@ -97,10 +98,12 @@ def test_imports_are_relative_and_name_the_defining_file(name: str) -> None:
 
 
 def test_the_protocol_is_pure() -> None:
-    """What can be said needs nothing but msgpack: no socket, no clock, no thread, no torch; numpy in one file, for codecs."""
+    """What can be said needs nothing but msgpack: no socket, no clock, no thread, no torch; numpy in one file, for codecs, and with
+    cryptography in the mathematics of a secure round."""
     for name in FILES:
-        if room(name) == "protocol":
+        if room(name).startswith("protocol"):
             others = {"numpy"} if name == "protocol/coding.py" else {"msgpack"}
+            others |= {"numpy", "cryptography"} if room(name) == "protocol/secure" else set()
             assert roots(name) - {"shoal", *others} <= sys.stdlib_module_names, name
             impure = {
                 "socket",
@@ -120,7 +123,7 @@ def test_the_protocol_is_pure() -> None:
 @pytest.mark.parametrize("module", ONLY)
 def test_cores_decide_and_loops_do(module: str) -> None:
     """Sockets, clocks, threads and chance are in the files that are for them, and in no core."""
-    rooms = EVERYWHERE.get(module, ("protocol", "ps", "worker"))
+    rooms = EVERYWHERE.get(module, ("protocol", "protocol/secure", "ps", "worker"))
     found = {name for name in FILES if room(name) in rooms and module in roots(name)}
 
     assert ONLY[module] == found
@@ -128,7 +131,7 @@ def test_cores_decide_and_loops_do(module: str) -> None:
 
 def test_torch_is_imported_where_it_is_needed() -> None:
     """A worker without torch, a coordinator and the command never wait for it."""
-    found = {name for name in FILES if room(name) in ("", *ROOMS[:4]) and "torch" in roots(name, lazy=False)}
+    found = {name for name in FILES if room(name) in ("", *ROOMS[:5]) and "torch" in roots(name, lazy=False)}
 
     assert TORCH == found
 

@@ -1,0 +1,367 @@
+"""A shard's half of federated rounds: it takes slices, adds those that it is told to, removes masks, averages (SPEC §14).
+
+Rules
+- `handle` is the only method that changes anything. A peer's mistake is counted and refused, never raised.
+- It holds one sum, as large as its parameters, and the slices of those who have their turn, which it adds when it is told to.
+- What it gives back was looked at: the lanes count the survivors, and nothing is over its bound.
+- Masks are removed a part at a time, with other events in between.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ..protocol.effects import COORDINATOR, Peer, Received, Send, Tick
+from ..protocol.errors import ProtocolError
+from ..protocol.messages import Message, Refused
+from ..protocol.repeats import Repeats, note
+from ..protocol.rounds import (
+    APPLIED,
+    NOTHING,
+    READY,
+    ROUND_CLOSED,
+    Abandoned,
+    Arrived,
+    Begin,
+    Finish,
+    Finished,
+    Kept,
+    Masked,
+    Noted,
+    Recall,
+    Recalled,
+    Released,
+    RoundMessage,
+    Ruling,
+)
+from ..protocol.secure.fixed import UNIT, Totals, average, totals
+from ..protocol.secure.masks import AUXILIARY, Masks
+from ..protocol.secure.noise import Array, restore
+from ..protocol.secure.plan import SECAGG, Plan
+from ..protocol.secure.scale import WEIGHT
+from ..protocol.session import PIECE, Slice, ascending, ends
+
+KEY_BYTES = 32
+STEP = 1 << 28
+"""Bytes of masks that are made at a time."""
+LEAST = 1 << 17
+"""Elements that are looked at at a time, at least: so that masks of either width begin with a chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """Effect: the average update of this shard's elements is to be applied, all of it, before what follows is done.
+
+    Attributes:
+        update: float32, in the order of the blocks.
+    """
+
+    run: int
+    round: int
+    update: Array = field(repr=False)
+
+
+RoundEffect: TypeAlias = Send | Apply
+
+
+@dataclass(slots=True)
+class _Incoming:
+    """A slice that is not added yet. `whole` is set once `kept` is all of it."""
+
+    memory: Array
+    kept: int = 0
+
+
+class _Sum:
+    """What a shard holds of one session.
+
+    Args:
+        start: the number of the shard's first element.
+    """
+
+    def __init__(self, begin: Begin, plan: Plan, start: int, slice_: Slice) -> None:
+        self.session, self.plan, self.start, self.slice = begin.session, plan, start, slice_
+        self.count = len(begin.members)
+        self.ranks = {incarnation: rank for rank, incarnation in enumerate(begin.members)}
+        self.masked = plan.protection == SECAGG
+        self.dtype = plan.scale(self.count).dtype if self.masked else np.dtype(np.float32)
+        self.main = np.zeros(slice_.elements, self.dtype)
+        self.lanes = np.zeros(slice_.lanes, np.uint64)
+        self.number = 0
+        self.turns: set[int] = set()
+        self.added: set[int] = set()
+        self.dropped: set[int] = set()
+        self.incoming: dict[int, _Incoming] = {}
+        self.whole: set[int] = set()
+        self.finish: Finish | None = None
+        self.result: Array | None = None
+
+    def add(self, rank: int) -> None:
+        memory = self.incoming.pop(rank).memory
+        main = memory[: self.slice.main].view(self.dtype)
+        lanes = memory[self.slice.auxiliary :].view(np.uint64)
+        if self.masked:
+            np.add(self.main, main, out=self.main)
+        else:
+            np.multiply(main, np.float32(int(lanes[WEIGHT]) / UNIT), out=main)
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is noticed in the sum
+                np.add(self.main, main, out=self.main)
+        np.add(self.lanes, lanes, out=self.lanes)
+        self.added.add(rank)
+
+
+class Accumulator:
+    """The shard half.
+
+    Args:
+        incarnation: of the shard. elements: how many it has.
+        digest: of the values of its blocks as they are now, 32 bytes (`session.blocks_digest`).
+    """
+
+    def __init__(self, incarnation: int, elements: int, digest: Callable[[], bytes]) -> None:
+        self.incarnation = incarnation
+        self.counters: Counter[str] = Counter()
+        self._elements, self._digest = elements, digest
+        self._sum: _Sum | None = None
+        self._last = (0, NOTHING)
+        """The last session that ended here, or is about to, and how."""
+        self._free: list[Array] = []
+        self._work: Iterator[None] | None = None
+        self._repeats = Repeats()
+        self._out: list[RoundEffect] = []
+        self._now = 0.0
+
+    def __repr__(self) -> str:
+        return f"Accumulator({self._elements} elements, session {self._last[0]})"
+
+    @property
+    def wake_at(self) -> float:
+        """When the next `Tick` is wanted."""
+        return self._now if self._work is not None else self._repeats.wake_at
+
+    @property
+    def holds(self) -> int:
+        """Bytes of sums and slices."""
+        if self._sum is None:
+            return 0
+        held = [self._sum.main, *(each.memory for each in self._sum.incoming.values())]
+        return sum(each.nbytes for each in held)
+
+    def handle(self, event: Received | Tick, now: float) -> list[RoundEffect]:
+        self._out, self._now = [], now
+        if isinstance(event, Received):
+            self._received(event.peer, event.message)
+        elif self._work is not None:
+            self._continue()
+        for _, message in self._repeats.due(now):
+            self._out.append(Send(COORDINATOR, message))
+        return self._out
+
+    def _received(self, peer: Peer, message: Message) -> None:
+        act = _FROM_COORDINATOR.get(type(message)) if peer == COORDINATOR else None
+        try:
+            if act is not None and message.incarnation == self.incarnation:  # type: ignore[union-attr]
+                act(self, message)
+            elif isinstance(message, Masked) and peer != COORDINATOR:
+                self._masked(peer, message)
+            else:
+                self.counters["rejected.misplaced"] += 1
+        except ProtocolError as error:
+            self.counters[f"rejected.{error.reason}"] += 1
+            self._out.append(Send(peer, Refused(message.session, "malformed", str(error)[:256])))  # type: ignore[union-attr]
+
+    def _note(self, message: RoundMessage) -> None:
+        self._out.append(Send(COORDINATOR, note(message)))
+
+    def _say(self, message: RoundMessage) -> None:
+        self._out.append(Send(COORDINATOR, self._repeats.put(0, message, self._now)))
+
+    def _of(self, session: int) -> _Sum | None:
+        return self._sum if self._sum is not None and self._sum.session == session else None
+
+    # --- the coordinator's word
+
+    def _noted(self, message: Noted) -> None:
+        self._repeats.noted(0, message)
+
+    def _recall(self, message: Recall) -> None:
+        self._note(message)
+        self._say(Recalled(self.incarnation, message.session, *self._last, (self._digest(),)))
+
+    def _begin(self, message: Begin) -> None:
+        if self._of(message.session) is None:
+            plan = Plan.unpack(bytes(message.buffers[0]))
+            if message.index >= len(plan.shards) or len(set(message.members)) != len(message.members):
+                raise ProtocolError("malformed", "a round without this shard, or with a member twice")
+            start, stop = plan.shards[message.index]
+            if stop - start != self._elements or not plan.minimum <= len(message.members) <= plan.cohort:
+                raise ProtocolError("malformed", f"a round of {stop - start} elements, or of too few or many members")
+            if self._last[1] == READY:
+                raise ProtocolError("malformed", "a round while another waits for its end")
+            self._drop()
+            width = plan.bits // 8 if plan.protection == SECAGG else np.dtype(np.float32).itemsize
+            self._sum = _Sum(message, plan, start, Slice(self._elements, width, plan.lanes))
+            self._last = message.session, NOTHING
+        self._note(message)
+
+    def _ruling(self, message: Ruling) -> None:
+        held = self._of(message.session)
+        if held is None:
+            return self._misplaced()
+        for ranks in (message.turns, message.added, message.dropped):
+            ascending(ranks, "ranks")
+        turns, added, dropped = set(message.turns), set(message.added), set(message.dropped)
+        if message.number > held.number and held.finish is None:
+            apart = len(turns | added | dropped) == len(turns) + len(added) + len(dropped)
+            if not apart or not added - held.added <= held.whole or added & held.dropped or not held.added <= added:
+                raise ProtocolError("malformed", "a ruling against an earlier one, or that adds what is not here")
+            for rank in added - held.added:
+                self._free.append(held.incoming[rank].memory)
+                held.add(rank)
+            for rank in [rank for rank in held.incoming if rank not in turns]:
+                self._free.append(held.incoming.pop(rank).memory)
+            held.turns, held.dropped, held.number = turns, dropped, message.number
+        self._note(message)
+
+    def _misplaced(self) -> None:
+        self.counters["rejected.misplaced"] += 1
+
+    def _finish(self, message: Finish) -> None:
+        held = self._of(message.session)
+        if held is None:
+            return self._misplaced()
+        if held.finish is None:
+            keys = [ends(buffer, KEY_BYTES, len(buffer) // KEY_BYTES, "keys") for buffer in message.buffers]
+            held.finish = message
+            held.incoming.clear()
+            self._free.clear()
+            self._work = self._finishing(held, *keys)
+        self._note(message)
+
+    def _released(self, message: Released) -> None:
+        held = self._of(message.session)
+        if held is not None and held.result is not None:
+            self._out.append(Apply(held.plan.run, held.plan.round, held.result))
+            self._drop()
+            self._last = message.session, APPLIED
+        elif held is not None:
+            return self._misplaced()  # it is not ready: the coordinator cannot have said this
+        self._note(message)
+
+    def _abandoned(self, message: Abandoned) -> None:
+        if self._of(message.session) is not None:
+            self._drop()
+            self._last = message.session, NOTHING
+        self._note(message)
+
+    def _drop(self) -> None:
+        self._sum = self._work = None
+        self._free.clear()
+        self._repeats.drop(lambda _, message: not isinstance(message, Recalled))
+
+    # --- the sum
+
+    def _continue(self) -> None:
+        assert self._work is not None and self._sum is not None
+        held = self._sum
+        try:
+            next(self._work)
+        except StopIteration:
+            self._work = None
+        except ProtocolError as error:
+            self._work = None
+            self.counters["rounds.wrong"] += 1
+            self._say(Finished(self.incarnation, held.session, False, str(error)[:256], 0.0, 0, 0, ()))
+
+    def _finishing(self, held: _Sum, add: list[bytes], subtract: list[bytes]) -> Iterator[None]:
+        """Remove the masks and look at what is left, a part at a time."""
+        finish, plan = held.finish, held.plan
+        assert finish is not None
+        if set(finish.survivors) != held.added or len(held.added) != len(finish.survivors):
+            raise ProtocolError("malformed", "the survivors are not those whose slices were added here")
+        Masks(add, subtract, AUXILIARY).apply(held.lanes)
+        counted = totals(held.lanes, len(held.added), plan.cap, plan.elements)
+        masks, width = Masks(add, subtract), self._step(len(add) + len(subtract))
+        for start in range(0, len(held.main) if held.masked else 0, width):
+            masks.apply(held.main[start : start + width], held.start + start)
+            yield
+        result = self._average(held, counted)
+        if plan.noise is None and not np.isfinite(result).all():
+            raise ProtocolError("malformed", "an average that is not finite")
+        held.result, held.main = result, np.zeros(0, held.dtype)
+        self._last = held.session, READY
+        metrics = tuple(zip(plan.metrics, counted.metrics, strict=True))
+        numbers = counted.weight, counted.capped, counted.clipped, metrics
+        self._say(Finished(self.incarnation, held.session, True, "", *numbers))
+
+    @staticmethod
+    def _step(keys: int) -> int:
+        return max(LEAST, STEP // max(1, 4 * keys) // LEAST * LEAST)
+
+    @staticmethod
+    def _average(held: _Sum, counted: Totals) -> Array:
+        """In the memory of the sum, where an element is as wide as a float32."""
+        plan, main = held.plan, held.main
+        if not len(main):
+            return np.zeros(0, np.float32)
+        result: Array = main.view(np.float32) if main.itemsize == 4 else np.empty(len(main), np.float32)
+        if plan.noise is not None:
+            restore(main, plan.noise, counted.clients, result)
+        elif held.masked:
+            average(main, plan.scale(held.count), counted.clients, counted.weight, result)
+        else:
+            np.divide(main, np.float32(counted.weight), out=result)
+        return result
+
+    # --- slices
+
+    def _masked(self, peer: Peer, message: Masked) -> None:
+        if message.shard != self.incarnation:
+            return self._closed(peer, message)
+        held = self._of(message.session)
+        rank = held.ranks.get(message.incarnation) if held else None
+        if held is None or rank is None or rank in held.dropped or held.finish is not None:
+            if held is not None and rank in held.added:
+                return self._kept(peer, message, held.slice.size)
+            return self._closed(peer, message)
+        if rank in held.added or rank in held.whole:
+            return self._kept(peer, message, held.slice.size)
+        if rank not in held.turns:
+            return self._kept(peer, message, 0)  # its turn is over, or not known here yet
+        incoming = held.incoming.get(rank)
+        if incoming is None:
+            memory = self._free.pop() if self._free else np.empty(held.slice.size, np.uint8)
+            incoming = held.incoming[rank] = _Incoming(memory)
+        if message.offset == incoming.kept:
+            piece = np.frombuffer(message.buffers[0], np.uint8)
+            if len(piece) != min(PIECE, held.slice.size - incoming.kept):
+                raise ProtocolError("malformed", f"a piece of {len(piece)} bytes of a slice of {held.slice.size}")
+            incoming.memory[incoming.kept : incoming.kept + len(piece)] = piece
+            incoming.kept += len(piece)
+            if incoming.kept == held.slice.size:
+                held.whole.add(rank)
+                ranks = tuple(sorted(held.whole))
+                self._say(Arrived(self.incarnation, held.session, len(ranks), ranks))
+        self._kept(peer, message, incoming.kept)
+
+    def _kept(self, peer: Peer, message: Masked, upto: int) -> None:
+        self._out.append(Send(peer, Kept(message.incarnation, self.incarnation, message.session, upto)))
+
+    def _closed(self, peer: Peer, message: Masked) -> None:
+        self._out.append(Send(peer, Refused(message.session, ROUND_CLOSED, "this shard has no such round")))
+
+
+_FROM_COORDINATOR: dict[type[Any], Callable[[Accumulator, Any], None]] = {
+    Noted: Accumulator._noted,
+    Recall: Accumulator._recall,
+    Begin: Accumulator._begin,
+    Ruling: Accumulator._ruling,
+    Finish: Accumulator._finish,
+    Released: Accumulator._released,
+    Abandoned: Accumulator._abandoned,
+}

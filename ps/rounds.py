@@ -1,0 +1,297 @@
+"""Round after round: the coordinator's half (SPEC §14). It asks what the shards hold, draws a cohort, runs a session.
+
+Rules
+- `handle` is the only method that changes anything. Nothing of a session is kept when it is over, nothing is written to disk.
+- Before a round begins, every shard has said how the last one ended there, and all have ended it alike.
+- A round's number is used up when somebody was asked to unmask; until then it may be tried again, with fresh keys.
+- What comes of a session that is over, or from somebody who takes no part, is refused with `round_closed`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any, TypeAlias
+
+from ..protocol.effects import Log, Received, Tick
+from ..protocol.errors import ConfigError
+from ..protocol.messages import Message, Refused
+from ..protocol.repeats import Repeats, note
+from ..protocol.rounds import (
+    APPLIED,
+    READY,
+    ROUND_CLOSED,
+    Abandoned,
+    Advertise,
+    Arrived,
+    Consent,
+    Deal,
+    Finished,
+    Noted,
+    Recall,
+    Recalled,
+    Released,
+    Unmask,
+    Withdraw,
+)
+from ..protocol.session import model_digest
+from .recipe import Recipe
+from .round import Say, Session, Stage
+
+PAUSE = 1.0
+"""Seconds between a round that was abandoned and the next try."""
+MAX_SESSION = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Event: who can be invited, names by incarnation; whoever is not named is gone."""
+
+    names: Mapping[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Event: all shards are filled.
+
+    Attributes:
+        incarnations: by index. sizes: elements of each. layout: the layout's digest, 32 bytes.
+    """
+
+    incarnations: tuple[int, ...]
+    sizes: tuple[int, ...]
+    layout: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Unplaced:
+    """Event: a shard is missing, or has no weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Concluded:
+    """Effect, for logs and reports: a session has ended.
+
+    Attributes:
+        released: what was applied, or None if it was abandoned: then `why`.
+    """
+
+    round: int
+    session: int
+    released: Released | None
+    why: str
+
+
+RoundsEvent: TypeAlias = Received | Tick | Workers | Placed | Unplaced
+RoundsEffect: TypeAlias = Say | Log | Concluded
+
+
+class Rounds:
+    """The coordinator half.
+
+    Args:
+        run: of the coordinator. recipe: what the operator wants.
+        below: a uniform number from 0 up to its argument, without it.
+        peers: public keys of clients by name, if they are known here.
+
+    Attributes:
+        round: the number of the next one. completed: how many are. session: the one that is under way.
+    """
+
+    def __init__(
+        self, run: int, recipe: Recipe, below: Callable[[int], int], peers: Mapping[str, bytes] | None = None
+    ) -> None:
+        self.run, self.recipe = run, recipe
+        self.round = self.completed = 0
+        self.session: Session | None = None
+        self.counters: Counter[str] = Counter()
+        self._below, self._peers = below, peers
+        self._number = below(MAX_SESSION)
+        self._names: dict[int, str] = {}
+        self._placed: Placed | None = None
+        self._repeats = Repeats()
+        self._recalling = False
+        self._recalled: dict[int, Recalled] = {}
+        self._not_before = -inf
+        self._problem = ""
+        self._concluded = False
+        self._out: list[RoundsEffect] = []
+        self._now = 0.0
+
+    def __repr__(self) -> str:
+        return f"Rounds(round {self.round}, {self.session})"
+
+    @property
+    def done(self) -> bool:
+        """Have there been as many rounds as were wanted?"""
+        return self.recipe.rounds is not None and self.completed >= self.recipe.rounds
+
+    @property
+    def wake_at(self) -> float:
+        """When the next `Tick` is wanted."""
+        idle = self.session is None and not self._recalling and not self._problem
+        return min(
+            self._repeats.wake_at,
+            self.session.wake_at if self.session else inf,
+            self._not_before if idle and self._possible else inf,
+        )
+
+    def handle(self, event: RoundsEvent, now: float) -> list[RoundsEffect]:
+        self._out, self._now = [], now
+        match event:
+            case Received(_, message):
+                self._received(message)
+            case Workers(names):
+                self._workers(names)
+            case Placed():
+                self._place(event)
+            case Unplaced():
+                self._place(None)
+            case Tick():
+                pass
+        self._go_on()
+        for to, message in self._repeats.due(now):
+            self._out.append(Say(to, message))
+        return self._out
+
+    # --- what comes in
+
+    def _workers(self, names: Mapping[int, str]) -> None:
+        lost = self._names.keys() - names.keys()
+        if self._names != names:
+            self._problem = ""
+        self._names = dict(names)
+        for incarnation in lost:
+            if self.session is not None:
+                self.session.gone(incarnation, self._now)
+
+    def _place(self, placed: Placed | None) -> None:
+        if placed == self._placed:
+            return
+        before, self._placed = self._placed, placed
+        here = placed.incarnations if placed else ()
+        self._stop_recalling()
+        for incarnation in before.incarnations if before else ():
+            if incarnation not in here:
+                self._repeats.drop(lambda to, _, gone=incarnation: to == gone)  # type: ignore[misc]
+                if self.session is not None:
+                    self.session.gone(incarnation, self._now)
+        if self.session is not None:
+            self.session.abandon("the shards have changed", self._now)
+
+    def _received(self, message: Message) -> None:
+        session: int = getattr(message, "session", -1)
+        if type(message) not in _MINE:
+            self.counters["rejected.misplaced"] += 1
+        elif isinstance(message, Recalled):
+            self._take_recalled(message)
+        elif isinstance(message, Noted) and (self.session is None or session != self.session.number):
+            self._repeats.noted(message.incarnation, message)
+        elif self.session is not None and session == self.session.number:
+            self.session.handle(message, self._now)
+        elif isinstance(message, Arrived | Finished):
+            self._out.append(Say(message.incarnation, note(message)))  # of no use to anybody
+        elif not isinstance(message, Withdraw):
+            text = "there is no such round, or it is over"
+            self._out.append(Say(message.incarnation, Refused(session, ROUND_CLOSED, text)))  # type: ignore[union-attr]
+
+    # --- what to do next
+
+    @property
+    def _possible(self) -> bool:
+        return self._placed is not None and not self.done and self.recipe.cohort(len(self._names)) > 0
+
+    def _go_on(self) -> None:
+        if self.session is not None:
+            self._under_way(self.session)
+        if self.session is not None or self._recalling or len(self._repeats) or self._problem:
+            return
+        if self._possible and self._now >= self._not_before:
+            self._recall()
+
+    def _under_way(self, session: Session) -> None:
+        session.tick(self._now)
+        self._out.extend(session.out)
+        session.out.clear()
+        if session.stage >= Stage.RELEASED and not self._concluded:
+            self._concluded = True
+            self._out.append(Concluded(session.plan.round, session.number, session.result, session.why))
+            if session.result is not None:
+                self.completed += 1
+            if session.result is not None or session.asked:
+                self.round = session.plan.round + 1
+            self._not_before = self._now if session.result else self._now + PAUSE
+        if session.over(self._now):
+            self.counters.update(session.counters)
+            self.session = None
+
+    # --- how the last session ended
+
+    def _recall(self) -> None:
+        assert self._placed is not None
+        self._number += 1
+        self._recalling = True
+        self._recalled.clear()
+        for shard in self._placed.incarnations:
+            self._out.append(Say(shard, self._repeats.put(shard, Recall(shard, self._number), self._now)))
+
+    def _stop_recalling(self) -> None:
+        self._recalling = False
+        self._recalled.clear()
+        self._repeats.drop(lambda _, message: isinstance(message, Recall))
+
+    def _take_recalled(self, message: Recalled) -> None:
+        self._out.append(Say(message.incarnation, note(message)))
+        if not self._recalling or self._placed is None or message.session != self._number:
+            return
+        if message.incarnation in self._placed.incarnations and len(message.buffers[0]) == 32:
+            self._recalled[message.incarnation] = message
+            if len(self._recalled) == len(self._placed.incarnations):
+                self._settle(self._placed)
+
+    def _settle(self, placed: Placed) -> None:
+        """All shards have answered: end the last session alike everywhere, or begin."""
+        found = [self._recalled[shard] for shard in placed.incarnations]
+        self._stop_recalling()
+        applied = {each.last for each in found if each.state == APPLIED}
+        undecided = [each for each in found if each.state == READY]
+        if not undecided:
+            return self._begin(placed, model_digest(placed.layout, [bytes(each.buffers[0]) for each in found]))
+        for each in undecided:  # and recall again, when they have noted it
+            end = (
+                Released(each.incarnation, each.last, (), 0.0, 0, 0, ())
+                if each.last in applied
+                else Abandoned(each.incarnation, each.last, "the coordinator was restarted")
+            )
+            self._out.append(Say(each.incarnation, self._repeats.put(each.incarnation, end, self._now)))
+
+    def _begin(self, placed: Placed, model: bytes) -> None:
+        cohort = self._draw(self.recipe.cohort(len(self._names)))
+        try:
+            plan = self.recipe.plan(self.run, self.round, len(cohort), placed.sizes, placed.layout, model)
+        except ConfigError as error:
+            if str(error) != self._problem:
+                self._problem = str(error)
+                self._out.append(Log("warning", f"a federated round cannot begin: {error}"))
+            return
+        self._concluded = False
+        wanted = self.recipe.clients
+        self.session = Session(
+            self._number, plan, cohort, placed.incarnations, self._now, wanted, self.recipe.room, self._peers
+        )
+        self._under_way(self.session)
+
+    def _draw(self, count: int) -> dict[int, str]:
+        """So many of those who are here, each as likely as any other."""
+        here = sorted(self._names)
+        for place in range(count):
+            drawn = place + self._below(len(here) - place)
+            here[place], here[drawn] = here[drawn], here[place]
+        return {incarnation: self._names[incarnation] for incarnation in here[:count]}
+
+
+_MINE: frozenset[type[Any]] = frozenset(
+    {Recalled, Advertise, Deal, Consent, Unmask, Withdraw, Arrived, Finished, Noted}
+)
