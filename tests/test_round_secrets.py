@@ -29,6 +29,7 @@ from shoal.protocol.secure.keys import Pair
 from shoal.protocol.session import read_advert
 from shoal.ps.recipe import Recipe
 from shoal.ps.round import Stage
+from shoal.worker.round import Phase
 
 # --- 14, 18, 22-24, 26
 
@@ -168,10 +169,15 @@ def test_no_secret_is_left_after_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
     def holds(each: Any) -> bool:
         return isinstance(each, Pair) or (isinstance(each, bytes) and each in made)
 
-    net.when(lambda: net.stage == Stage.MASKED, lambda: kept.append(len(secrets_of(net.workers["w1"].client, holds))))
+    def look_when(phase: Phase) -> None:
+        client = net.workers["w1"].client
+        net.when(lambda: client.phase == phase, lambda: kept.append(len(secrets_of(client, holds))))
+
+    look_when(Phase.SENDING)
+    look_when(Phase.UNMASKED)
     assert net.go()
     net.run(net.now + 10.0, lambda: all(worker.ends for worker in net.workers.values()))
-    assert kept[0] > 0  # else this test could not see them
+    assert kept[0] > 0 == kept[1]  # else this test could not see them; and what was opened is forgotten at once
     for worker in net.workers.values():
         assert not secrets_of(worker.client, holds)
     assert not secrets_of(net.coordinator.rounds, holds)

@@ -10,7 +10,7 @@ Rules
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from math import inf
@@ -370,16 +370,11 @@ class RoundClient:
 
         self._upload, self.phase = Upload(encoder, make), Phase.SENDING
 
-    def _asked(self, survivors: Sequence[int]) -> None:
-        plan, hand = self._held
-        sent = self._upload is not None and self._upload.sent
-        released = self._released.get(plan.run, -1) >= plan.round
-        hand.check(tuple(survivors), sent, released)
-
     def _told(self, message: Survivors) -> None:
         plan, hand = self._held
         ascending(message.ranks, "ranks")
-        self._asked(message.ranks)
+        sent = self._upload is not None and self._upload.sent
+        hand.check(message.ranks, sent, self._released.get(plan.run, -1) >= plan.round)
         if not hand.masked:
             raise refuse("it was asked to unmask in the clear")
         self._survivors = message.ranks
@@ -391,7 +386,6 @@ class RoundClient:
     def _agreed(self, message: Consents) -> None:
         _, hand = self._held
         hand.agreed(self._survivors, message.ranks, message.buffers[0], self._peers)
-        self._asked(self._survivors)
         self._unmask()
 
     def _unmask(self) -> None:
