@@ -107,6 +107,23 @@ def test_a_wrong_share_is_noticed_and_others_are_used(liar: str) -> None:
     assert 1 == net.check()
 
 
+def test_a_client_that_tells_the_shards_different_things_ends_the_round() -> None:
+    """What the shards have counted is not the same: nothing is applied at any."""
+    net = RoundNet(3, 4, (5, 3), Recipe(rounds=1))
+
+    def change(data: bytes) -> bytes:
+        lanes = np.frombuffer(data[-32:], np.uint64).copy()
+        lanes[2] += np.uint64(1)
+        return data[:-32] + lanes.tobytes()
+
+    edit = garble(Masked, change)
+    net.workers["w2"].edit = lambda effect: edit(effect) if isinstance(effect, Send) and effect.peer == 1 else effect
+    assert net.go()
+    (end,) = net.coordinator.ended
+    assert end.released is None and "different things" in end.why
+    assert not any(shard.applied for shard in net.shards.values())
+
+
 def test_too_many_wrong_shares_end_the_round() -> None:
     """Nothing is applied."""
     net = RoundNet(3, 5, (5,), Recipe(rounds=1))

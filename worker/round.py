@@ -173,7 +173,8 @@ class RoundClient:
         self._identity, self._peers = identity, peers
         self._released = dict(released or {})
         self._shards: tuple[int, ...] = ()
-        self._over: OrderedDict[int, None] = OrderedDict()
+        self._over: OrderedDict[int, str] = OrderedDict()
+        """Sessions that are over; with the name of an error if this client has left it."""
         self._last = (-1, -1)
         """Run and session of the newest invitation."""
         self._repeats = Repeats()
@@ -197,6 +198,11 @@ class RoundClient:
 
     session: int
     plan: Plan | None
+
+    @property
+    def released(self) -> dict[int, int]:
+        """The last round for which shares were given, by run: a new life of this worker needs it."""
+        return dict(self._released)
 
     @property
     def wake_at(self) -> float:
@@ -250,7 +256,7 @@ class RoundClient:
         if isinstance(message, Invite):
             return self._invited(message)
         if message.session in self._over:  # type: ignore[union-attr]
-            return self._note(message)  # type: ignore[arg-type]
+            return self._past(message)  # type: ignore[arg-type]
         if message.session != self.session or not self.phase:  # type: ignore[union-attr]
             self.counters["rejected.misplaced"] += 1
             return
@@ -259,9 +265,9 @@ class RoundClient:
             return
         phase, act = _LEGAL.get(type(message), (self.phase, None))
         if act is not None and phase == self.phase:
-            self._note(message)  # type: ignore[arg-type]
             self._give_up_at = self._now + self._patience
             act(self, message)
+            self._note(message)  # type: ignore[arg-type]
         elif act is not None and phase < self.phase:  # it was accepted before, whatever it says now
             self._note(message)  # type: ignore[arg-type]
         elif isinstance(message, Released):
@@ -276,6 +282,14 @@ class RoundClient:
     def _note(self, message: RoundMessage) -> None:
         if not isinstance(message, Noted):
             self._out.append(Send(COORDINATOR, note(message)))
+
+    def _past(self, message: RoundMessage) -> None:
+        """Of a session that is over: if this client has left it, the coordinator may not know."""
+        code = self._over[message.session]
+        if code and not isinstance(message, Noted):
+            self._out.append(Send(COORDINATOR, Withdraw(self.incarnation, message.session, code)))
+        else:
+            self._note(message)
 
     def _say(self, message: RoundMessage) -> None:
         self._out.append(Send(COORDINATOR, self._repeats.put(COORDINATOR, message, self._now)))
@@ -300,7 +314,9 @@ class RoundClient:
     # --- the stages
 
     def _invited(self, message: Invite) -> None:
-        if (self.phase and message.session == self.session) or message.session in self._over:
+        if message.session in self._over:
+            return self._past(message)
+        if self.phase and message.session == self.session:
             return self._note(message)
         try:
             plan = Plan.unpack(bytes(message.buffers[0]))
@@ -414,14 +430,14 @@ class RoundClient:
             error = refuse(str(error))
         if self.phase:
             self._out.append(Send(COORDINATOR, Withdraw(self.incarnation, self.session, type(error).__name__)))
-        self._end(error)
+        self._end(error, left=type(error).__name__)
 
-    def _end(self, error: ShoalError | None, result: Result | None = None) -> None:
+    def _end(self, error: ShoalError | None, result: Result | None = None, left: str = "") -> None:
         if not self.phase:
             return
         if self._hand is not None:
             self._hand.drop()
-        self._over[self.session] = None
+        self._over[self.session] = left
         while len(self._over) > REMEMBERED:
             self._over.popitem(last=False)
         self._out.append(Over(self.session, self.plan, result, error, self._opened))
