@@ -246,9 +246,9 @@ class Session:
         if not self._adverts.keys() | self._gone >= self._cohort.keys() and now < self._deadline:
             return False
         names = {incarnation: self._cohort[incarnation] for incarnation in here}
+        if len(here) < self._quorum:
+            return self._abandon(f"{len(here)} of {self._quorum} clients have advertised", now)
         self._members = tuple(sorted(names, key=names.__getitem__))
-        if len(self._members) < self._quorum:
-            return self._abandon(f"{len(self._members)} of {self._quorum} clients have advertised", now)
         for late in self._cohort.keys() - here - self._gone:
             self._repeats.drop(lambda to, _, late=late: to == late)  # type: ignore[misc]
             self._close(late)

@@ -40,8 +40,8 @@ from ..protocol.session import model_digest
 from .recipe import Recipe
 from .round import Say, Session, Stage
 
-PAUSE = 1.0
-"""Seconds between a round that was abandoned and the next try."""
+PAUSE, LONGEST_PAUSE = 1.0, 30.0
+"""Seconds between a round that was abandoned and the next try; twice as many after each, up to this."""
 MAX_SESSION = 1 << 62
 
 
@@ -114,7 +114,7 @@ class Rounds:
         self._repeats = Repeats()
         self._recalling = False
         self._recalled: dict[int, Recalled] = {}
-        self._not_before = -inf
+        self._not_before, self._pause = -inf, PAUSE
         self._problem = ""
         self._concluded = False
         self._out: list[RoundsEffect] = []
@@ -222,7 +222,8 @@ class Rounds:
                 self.completed += 1
             if session.result is not None or session.asked:
                 self.round = session.plan.round + 1
-            self._not_before = self._now if session.result else self._now + PAUSE
+            self._not_before = self._now if session.result else self._now + self._pause
+            self._pause = PAUSE if session.result else min(2 * self._pause, LONGEST_PAUSE)
         if session.over(self._now):
             self.counters.update(session.counters)
             self.session = None

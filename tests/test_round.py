@@ -16,6 +16,7 @@ from shoal.protocol.rounds import (
     Advertise,
     Consents,
     Deal,
+    Invite,
     Kept,
     Masked,
     Noted,
@@ -94,6 +95,17 @@ def reach(phase: Phase) -> Table:
         table.tell(0, Consents, *table.consents((0, 1, 2, 3)))
     assert phase == table.clients[0].phase
     return table
+
+
+def test_who_has_left_says_so_again() -> None:
+    """The word may have been lost: what the coordinator repeats is not noted, it is answered as before."""
+    table = Table()
+    table.invite()
+    effects = table.tell(0, Roster, (b"garbage",))
+    assert [Withdraw] == [type(each.message) for each in effects if isinstance(each, Send)]
+    for kind, fields in ((Roster, ((b"garbage",),)), (Invite, ((table.plan.packed,),)), (Abandoned, ("",))):
+        effects = table.tell(0, kind, *fields)
+        assert [Withdraw(1, SESSION, "ProtectionError")] == [each.message for each in effects]
 
 
 def test_messages_are_said_again_until_they_are_noted() -> None:

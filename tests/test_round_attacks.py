@@ -33,7 +33,7 @@ from shoal.protocol.rounds import (
 from shoal.protocol.secure.keys import Identity, Pair
 from shoal.protocol.secure.plan import CLEAR, Policy
 from shoal.protocol.secure.shares import SHARE_BYTES
-from shoal.protocol.session import Advert, Members, pack_roster
+from shoal.protocol.session import Advert, Members, consent, pack_roster
 from shoal.ps.recipe import Recipe
 from shoal.worker.round import Invited, Over, Phase, RoundClient
 
@@ -118,8 +118,10 @@ def test_signatures_of_others_count_for_nothing() -> None:
         for number in range(6):
             table.survive(number, *((0, 1, 2, 3, 4, 5) if forge == "other" and number > 3 else (0, 1, 2, 3, 4)))
         ranks, (signatures,) = table.consents(range(4))
+        hand = table.clients[0]._hand
+        assert hand is not None
         fake = {
-            "outsider": signatures[:64],
+            "outsider": table.identities[5].sign(consent(hand._sid, (0, 1, 2, 3, 4))),
             "other": bytes(table.heard(4, Consent)[-1].buffers[0]),
             "twice": signatures[64:128],
             "garbage": bytes(64),

@@ -29,6 +29,7 @@ from shoal.protocol.secure.keys import Pair
 from shoal.protocol.session import read_advert
 from shoal.ps.recipe import Recipe
 from shoal.ps.round import Stage
+from shoal.worker.round import Phase
 
 # --- 14, 18, 22-24, 26
 
@@ -106,6 +107,23 @@ def test_a_wrong_share_is_noticed_and_others_are_used(liar: str) -> None:
     assert 1 == net.check()
 
 
+def test_a_client_that_tells_the_shards_different_things_ends_the_round() -> None:
+    """What the shards have counted is not the same: nothing is applied at any."""
+    net = RoundNet(3, 4, (5, 3), Recipe(rounds=1))
+
+    def change(data: bytes) -> bytes:
+        lanes = np.frombuffer(data[-32:], np.uint64).copy()
+        lanes[2] += np.uint64(1)
+        return data[:-32] + lanes.tobytes()
+
+    edit = garble(Masked, change)
+    net.workers["w2"].edit = lambda effect: edit(effect) if isinstance(effect, Send) and effect.peer == 1 else effect
+    assert net.go()
+    (end,) = net.coordinator.ended
+    assert end.released is None and "different things" in end.why
+    assert not any(shard.applied for shard in net.shards.values())
+
+
 def test_too_many_wrong_shares_end_the_round() -> None:
     """Nothing is applied."""
     net = RoundNet(3, 5, (5,), Recipe(rounds=1))
@@ -168,10 +186,15 @@ def test_no_secret_is_left_after_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
     def holds(each: Any) -> bool:
         return isinstance(each, Pair) or (isinstance(each, bytes) and each in made)
 
-    net.when(lambda: net.stage == Stage.MASKED, lambda: kept.append(len(secrets_of(net.workers["w1"].client, holds))))
+    def look_when(phase: Phase) -> None:
+        client = net.workers["w1"].client
+        net.when(lambda: client.phase == phase, lambda: kept.append(len(secrets_of(client, holds))))
+
+    look_when(Phase.SENDING)
+    look_when(Phase.UNMASKED)
     assert net.go()
     net.run(net.now + 10.0, lambda: all(worker.ends for worker in net.workers.values()))
-    assert kept[0] > 0  # else this test could not see them
+    assert kept[0] > 0 == kept[1]  # else this test could not see them; and what was opened is forgotten at once
     for worker in net.workers.values():
         assert not secrets_of(worker.client, holds)
     assert not secrets_of(net.coordinator.rounds, holds)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from roundnet import DEADLINES as QUICK
 from roundnet import SHARD, RoundNet
 from simnet import Faults
 
@@ -20,6 +21,7 @@ from shoal.protocol.errors import ConfigError, RoundClosed
 from shoal.protocol.messages import Refused
 from shoal.protocol.rounds import Advertise, Deal, Invite, Masked, Noted, Relay, Released, Unmask, Withdraw
 from shoal.protocol.secure.plan import CLEAR, SECAGG
+from shoal.protocol.session import TURN, Slice
 from shoal.ps.recipe import DEADLINES, Recipe
 from shoal.ps.round import Stage
 from shoal.worker.round import Phase
@@ -150,6 +152,22 @@ def test_two_drop_out_at_different_stages(stages: tuple[Stage, Stage]) -> None:
 
     assert net.go()
     assert 1 == net.check()
+
+
+def test_who_is_gone_holds_nobody_up() -> None:
+    """Where one client has its turn at a time, one that dies has it until its lease ends, and not until its turn does."""
+    net = RoundNet(3, 5, (5, 3), Recipe(rounds=1, room=1))
+    began: list[float] = []
+
+    def die() -> None:
+        began.append(net.now)
+        net.lose("w1", lease=1.0)
+
+    net.when(lambda: net.stage == Stage.MASKED, die)
+
+    assert net.go()
+    assert 1 == net.check() and net.now - began[0] < 4.0 < QUICK[TURN]
+    assert max(shard.peak for shard in net.shards.values()) <= 4 * 5 + Slice(5, 4, 4).size
 
 
 def test_a_slice_that_one_shard_lacks_is_added_by_none() -> None:

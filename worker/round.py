@@ -10,7 +10,7 @@ Rules
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from math import inf
@@ -174,7 +174,8 @@ class RoundClient:
         self._identity, self._peers = identity, peers
         self._released = dict(released or {})
         self._shards: tuple[int, ...] = ()
-        self._over: OrderedDict[int, None] = OrderedDict()
+        self._over: OrderedDict[int, str] = OrderedDict()
+        """Sessions that are over; with the name of an error if this client has left it."""
         self._last = (-1, -1)
         """Run and session of the newest invitation."""
         self._repeats = Repeats()
@@ -198,6 +199,11 @@ class RoundClient:
 
     session: int
     plan: Plan | None
+
+    @property
+    def released(self) -> dict[int, int]:
+        """The last round for which shares were given, by run: a new life of this worker needs it."""
+        return dict(self._released)
 
     @property
     def wake_at(self) -> float:
@@ -251,7 +257,7 @@ class RoundClient:
         if isinstance(message, Invite):
             return self._invited(message)
         if message.session in self._over:  # type: ignore[union-attr]
-            return self._note(message)  # type: ignore[arg-type]
+            return self._past(message)  # type: ignore[arg-type]
         if message.session != self.session or not self.phase:  # type: ignore[union-attr]
             self.counters["rejected.misplaced"] += 1
             return
@@ -260,9 +266,9 @@ class RoundClient:
             return
         phase, act = _LEGAL.get(type(message), (self.phase, None))
         if act is not None and phase == self.phase:
-            self._note(message)  # type: ignore[arg-type]
             self._give_up_at = self._now + self._patience
             act(self, message)
+            self._note(message)  # type: ignore[arg-type]
         elif act is not None and phase < self.phase:  # it was accepted before, whatever it says now
             self._note(message)  # type: ignore[arg-type]
         elif isinstance(message, Released):
@@ -277,6 +283,14 @@ class RoundClient:
     def _note(self, message: RoundMessage) -> None:
         if not isinstance(message, Noted):
             self._out.append(Send(COORDINATOR, note(message)))
+
+    def _past(self, message: RoundMessage) -> None:
+        """Of a session that is over: if this client has left it, the coordinator may not know."""
+        code = self._over[message.session]
+        if code and not isinstance(message, Noted):
+            self._out.append(Send(COORDINATOR, Withdraw(self.incarnation, message.session, code)))
+        else:
+            self._note(message)
 
     def _say(self, message: RoundMessage) -> None:
         self._out.append(Send(COORDINATOR, self._repeats.put(COORDINATOR, message, self._now)))
@@ -301,7 +315,9 @@ class RoundClient:
     # --- the stages
 
     def _invited(self, message: Invite) -> None:
-        if (self.phase and message.session == self.session) or message.session in self._over:
+        if message.session in self._over:
+            return self._past(message)
+        if self.phase and message.session == self.session:
             return self._note(message)
         try:
             plan = Plan.unpack(bytes(message.buffers[0]))
@@ -371,16 +387,11 @@ class RoundClient:
 
         self._upload, self.phase = Upload(encoder, make), Phase.SENDING
 
-    def _asked(self, survivors: Sequence[int]) -> None:
-        plan, hand = self._held
-        sent = self._upload is not None and self._upload.sent
-        released = self._released.get(plan.run, -1) >= plan.round
-        hand.check(tuple(survivors), sent, released)
-
     def _told(self, message: Survivors) -> None:
         plan, hand = self._held
         ascending(message.ranks, "ranks")
-        self._asked(message.ranks)
+        sent = self._upload is not None and self._upload.sent
+        hand.check(message.ranks, sent, self._released.get(plan.run, -1) >= plan.round)
         if not hand.masked:
             raise refuse("it was asked to unmask in the clear")
         self._survivors = message.ranks
@@ -392,7 +403,6 @@ class RoundClient:
     def _agreed(self, message: Consents) -> None:
         _, hand = self._held
         hand.agreed(self._survivors, message.ranks, message.buffers[0], self._peers)
-        self._asked(self._survivors)
         self._unmask()
 
     def _unmask(self) -> None:
@@ -421,14 +431,14 @@ class RoundClient:
             error = refuse(str(error))
         if self.phase:
             self._out.append(Send(COORDINATOR, Withdraw(self.incarnation, self.session, type(error).__name__)))
-        self._end(error)
+        self._end(error, left=type(error).__name__)
 
-    def _end(self, error: ShoalError | None, result: Result | None = None) -> None:
+    def _end(self, error: ShoalError | None, result: Result | None = None, left: str = "") -> None:
         if not self.phase:
             return
         if self._hand is not None:
             self._hand.drop()
-        self._over[self.session] = None
+        self._over[self.session] = left
         while len(self._over) > REMEMBERED:
             self._over.popitem(last=False)
         self._out.append(Over(self.session, self.plan, result, error, self._opened))
