@@ -19,7 +19,7 @@ from simnet import Faults
 
 from shoal.protocol.errors import ConfigError, RoundClosed
 from shoal.protocol.messages import Refused
-from shoal.protocol.rounds import Advertise, Deal, Invite, Masked, Noted, Relay, Released, Unmask, Withdraw
+from shoal.protocol.rounds import READY, Advertise, Deal, Invite, Masked, Noted, Relay, Released, Unmask, Withdraw
 from shoal.protocol.secure.plan import CLEAR, SECAGG
 from shoal.protocol.session import TURN, Slice
 from shoal.ps.recipe import DEADLINES, Recipe
@@ -282,6 +282,8 @@ def test_a_coordinator_that_crashes_leaves_no_half_round(stage: Stage, active: b
             [] if isinstance(message, Released) and to >= SHARD + 100 else [message]
         )
         wanted = lambda: bool(net.shards[0].applied)  # noqa: E731
+    elif stage == Stage.FINISH:  # all shards are ready, and the coordinator does not know it yet
+        wanted = lambda: all(READY == shard.accumulator._last[1] for shard in net.shards.values())  # noqa: E731
     else:
         wanted = lambda: net.stage == stage  # noqa: E731
 
