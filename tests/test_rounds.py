@@ -154,6 +154,19 @@ def test_two_drop_out_at_different_stages(stages: tuple[Stage, Stage]) -> None:
     assert 1 == net.check()
 
 
+def test_many_clients_are_neighbours_of_few() -> None:
+    """Above 128 each has a few neighbours on a ring; three drop out when their shares are dealt, and the sum is exact."""
+    net = RoundNet(1, 130, (4, 3), Recipe(rounds=1, corrupt=0.05, dropout=0.05, room=16))
+    for worker in net.workers.values():
+        worker.client.policy = replace(worker.client.policy, corrupt=0.05)
+    kill_at(net, Stage.MASKED, ["w3", "w50", "w99"])
+
+    assert net.go()
+    assert 1 == net.check()
+    (session,) = net.world.sessions.values()
+    assert session.plan.degree < 20 and 127 == len(session.survivors)
+
+
 def test_who_is_gone_holds_nobody_up() -> None:
     """Where one client has its turn at a time, one that dies has it until its lease ends, and not until its turn does."""
     net = RoundNet(3, 5, (5, 3), Recipe(rounds=1, room=1))
