@@ -365,3 +365,6 @@ _FROM_COORDINATOR: dict[type[Any], Callable[[Accumulator, Any], None]] = {
     Released: Accumulator._released,
     Abandoned: Accumulator._abandoned,
 }
+
+KINDS = frozenset({Masked, *_FROM_COORDINATOR})
+"""What workers and the coordinator say to it."""
