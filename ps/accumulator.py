@@ -9,7 +9,7 @@ Rules
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -47,6 +47,8 @@ from ..protocol.secure.scale import WEIGHT
 from ..protocol.session import PIECE, Slice, ascending, ends
 
 KEY_BYTES = 32
+REMEMBERED = 64
+"""Sessions that are over and not forgotten."""
 STEP = 1 << 28
 """Bytes of masks that are made at a time."""
 LEAST = 1 << 17
@@ -130,6 +132,8 @@ class Accumulator:
         self._sum: _Sum | None = None
         self._last = (0, NOTHING)
         """The last session that ended here, or is about to, and how."""
+        self._over: deque[int] = deque(maxlen=REMEMBERED)
+        """Sessions that are over: what comes late does not begin them again."""
         self._free: list[Array] = []
         self._work: Iterator[None] | None = None
         self._repeats = Repeats()
@@ -194,7 +198,7 @@ class Accumulator:
         self._say(Recalled(self.incarnation, message.session, *self._last, (self._digest(),)))
 
     def _begin(self, message: Begin) -> None:
-        if self._of(message.session) is None:
+        if self._of(message.session) is None and message.session not in self._over:
             plan = Plan.unpack(bytes(message.buffers[0]))
             if message.index >= len(plan.shards) or len(set(message.members)) != len(message.members):
                 raise ProtocolError("malformed", "a round without this shard, or with a member twice")
@@ -260,6 +264,8 @@ class Accumulator:
         self._note(message)
 
     def _drop(self) -> None:
+        if self._sum is not None:
+            self._over.append(self._sum.session)
         self._sum = self._work = None
         self._free.clear()
         self._repeats.drop(lambda _, message: not isinstance(message, Recalled))
@@ -365,3 +371,6 @@ _FROM_COORDINATOR: dict[type[Any], Callable[[Accumulator, Any], None]] = {
     Released: Accumulator._released,
     Abandoned: Accumulator._abandoned,
 }
+
+KINDS = frozenset({Masked, *_FROM_COORDINATOR})
+"""What workers and the coordinator say to it."""

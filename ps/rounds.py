@@ -183,7 +183,7 @@ class Rounds:
 
     def _received(self, message: Message) -> None:
         session: int = getattr(message, "session", -1)
-        if type(message) not in _MINE:
+        if type(message) not in KINDS:
             self.counters["rejected.misplaced"] += 1
         elif isinstance(message, Recalled):
             self._take_recalled(message)
@@ -293,6 +293,7 @@ class Rounds:
         return {incarnation: self._names[incarnation] for incarnation in here[:count]}
 
 
-_MINE: frozenset[type[Any]] = frozenset(
+KINDS: frozenset[type[Any]] = frozenset(
     {Recalled, Advertise, Deal, Consent, Unmask, Withdraw, Arrived, Finished, Noted}
 )
+"""What workers and shards say to it."""

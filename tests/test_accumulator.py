@@ -303,6 +303,17 @@ def test_a_round_that_cannot_be_is_refused(bad: str) -> None:
     assert 0 == bench.shard.holds
 
 
+def test_a_session_that_is_over_does_not_begin_again() -> None:
+    """A late repetition is noted, and the session that is under way stays."""
+    bench = Bench()
+    bench.begin()
+    bench.coordinator(Begin, 0, MEMBERS, (bench.plan.packed,), session=SESSION + 1)
+    assert [Noted] == [type(each.message) for each in bench.begin()]
+    bench.coordinator(Ruling, 1, (0,), (), (), session=SESSION + 1)
+    assert isinstance(bench.send(0), Refused)
+    assert len(bench.slice(0)) == bench.send(0, session=SESSION + 1).upto
+
+
 def test_a_shard_says_how_its_last_session_ended() -> None:
     """Nothing, ready, applied; and while it is ready no other begins."""
     bench = Bench()
@@ -322,9 +333,9 @@ def test_a_shard_says_how_its_last_session_ended() -> None:
     assert isinstance(begin[0].message, Refused)
     bench.coordinator(Released, (), 0.0, 0, 0, ())
     assert (SESSION, APPLIED) == state()
-    bench.begin()
-    bench.coordinator(Abandoned, "")
-    assert (SESSION, NOTHING) == state()
+    bench.coordinator(Begin, 0, MEMBERS, (bench.plan.packed,), session=SESSION + 2)
+    bench.coordinator(Abandoned, "", session=SESSION + 2)
+    assert (SESSION + 2, NOTHING) == state()
 
 
 def test_what_is_the_coordinators_is_not_taken_from_a_worker() -> None:

@@ -145,10 +145,22 @@ def test_a_round_ends_when_it_must(phase: Phase) -> None:
         end(table)
         assert isinstance(table.over(0).error, RoundClosed)
         assert table.over(0).released == (phase == Phase.UNMASKED)
+        assert table.over(0).spent == (phase >= Phase.SENDING)
         table.give(0, Tick(), 2e6)
         table.train(0)
         sent = [each for each in table.heard(0, RoundMessage.__args__)[before:] if not isinstance(each, Noted)]  # type: ignore[attr-defined, arg-type]
         assert [] == sent and float("inf") == table.clients[0].wake_at
+
+
+@pytest.mark.parametrize("phase", [Phase.SENDING, Phase.SIGNED, Phase.UNMASKED], ids=lambda phase: phase.name)
+def test_a_survivor_that_was_not_needed_is_one_all_the_same(phase: Phase) -> None:
+    """The shares of others were enough before it was asked: it is told the result, and has given nothing."""
+    table = reach(phase)
+    table.tell(0, Released, (0, 1, 2, 3), 4.0, 0, 0, ())
+    end = table.over(0)
+    assert end.result is not None and end.error is None and end.spent
+    assert bool(table.heard(0, Unmask)) == end.released == (phase == Phase.UNMASKED)
+    assert [Remember(9, 0)] == [each for each in table.said[0] if isinstance(each, Remember)]
 
 
 def test_refusals_of_other_sessions_and_lives_change_nothing() -> None:

@@ -11,16 +11,19 @@ from itertools import combinations_with_replacement
 from math import inf
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from roundnet import DEADLINES as QUICK
 from roundnet import SHARD, RoundNet
 from simnet import Faults
 
+from shoal.protocol.effects import Received
 from shoal.protocol.errors import ConfigError, RoundClosed
 from shoal.protocol.messages import Refused
-from shoal.protocol.rounds import Advertise, Deal, Invite, Masked, Noted, Relay, Released, Unmask, Withdraw
+from shoal.protocol.rounds import READY, Advertise, Deal, Invite, Masked, Noted, Relay, Released, Unmask, Withdraw
 from shoal.protocol.secure.plan import CLEAR, SECAGG
+from shoal.protocol.secure.privacy import Skellam
 from shoal.protocol.session import TURN, Slice
 from shoal.ps.recipe import DEADLINES, Recipe
 from shoal.ps.round import Stage
@@ -88,8 +91,6 @@ def test_a_sum_of_extremes_does_not_wrap(sign: float) -> None:
 
 def test_noise_is_added_and_the_rest_is_the_average() -> None:
     """With distributed noise the average is off by what the plan says, and by not much more."""
-    from shoal.protocol.secure.privacy import Skellam
-
     elements = 400
     noise = Skellam(clip=1.0, multiplier=0.5, units=1 << 12, honest=3)
     net = RoundNet(3, 5, (250, 150), Recipe(rounds=1, noise=noise, minimum=4))
@@ -154,6 +155,19 @@ def test_two_drop_out_at_different_stages(stages: tuple[Stage, Stage]) -> None:
     assert 1 == net.check()
 
 
+def test_many_clients_are_neighbours_of_few() -> None:
+    """Above 128 each has a few neighbours on a ring; three drop out when their shares are dealt, and the sum is exact."""
+    net = RoundNet(1, 130, (4, 3), Recipe(rounds=1, corrupt=0.05, dropout=0.05, room=16))
+    for worker in net.workers.values():
+        worker.client.policy = replace(worker.client.policy, corrupt=0.05)
+    kill_at(net, Stage.MASKED, ["w3", "w50", "w99"])
+
+    assert net.go()
+    assert 1 == net.check()
+    (session,) = net.world.sessions.values()
+    assert session.plan.degree < 20 and 127 == len(session.survivors)
+
+
 def test_who_is_gone_holds_nobody_up() -> None:
     """Where one client has its turn at a time, one that dies has it until its lease ends, and not until its turn does."""
     net = RoundNet(3, 5, (5, 3), Recipe(rounds=1, room=1))
@@ -192,9 +206,7 @@ def test_more_are_invited_than_are_wanted() -> None:
     chosen = Counter(name for session, name in net.world.inputs)
     assert all(4 <= len(net.expected(end.session)[1]) <= 6 for end in net.coordinator.ended)
     assert 8 == len(chosen) and max(chosen.values()) <= 12
-    assert {6} == set(Counter(session for session in (end.session for end in net.coordinator.ended)).values()) or all(
-        len(held._cohort) == 6 for held in net.world.sessions.values()
-    )
+    assert all(6 == len(held._cohort) for held in net.world.sessions.values())
 
 
 def test_no_round_begins_with_too_few() -> None:
@@ -236,8 +248,6 @@ def test_what_comes_late_is_refused() -> None:
 
 
 def received(message: Any) -> Any:
-    from shoal.protocol.effects import Received
-
     return Received(b"", message)
 
 
@@ -282,6 +292,8 @@ def test_a_coordinator_that_crashes_leaves_no_half_round(stage: Stage, active: b
             [] if isinstance(message, Released) and to >= SHARD + 100 else [message]
         )
         wanted = lambda: bool(net.shards[0].applied)  # noqa: E731
+    elif stage == Stage.FINISH:  # all shards are ready, and the coordinator does not know it yet
+        wanted = lambda: all(READY == shard.accumulator._last[1] for shard in net.shards.values())  # noqa: E731
     else:
         wanted = lambda: net.stage == stage  # noqa: E731
 
@@ -397,14 +409,15 @@ def check_history(net: RoundNet) -> None:
             mean, names, bound = net.expected(session.number)
             assert len(names) >= session.plan.minimum
             assert np.abs(update - mean[starts[index] : starts[index + 1]]).max(initial=0.0) <= bound
+    if all(shard.incarnation == SHARD + 100 * index for index, shard in net.shards.items()):  # else one has forgotten
+        for shard in net.shards.values():
+            assert sorted(by_number) == [number for _, number, _ in shard.applied]
     assert len(by_number) == sum(end.released is not None for end in net.coordinator.ended)
     for worker in net.workers.values():
         assert len(set(worker.remembered)) == len(worker.remembered)
     given: dict[tuple[int, int], set[bytes]] = {}
     for name, frames in net.wire:
         if name == "coordinator" and frames[0][2] == Unmask.TYPE:
-            import msgpack
-
             body = msgpack.unpackb(frames[0])
             given.setdefault((body[2], body[3]), set()).add(frames[1])
     assert all(len(buffers) == 1 for buffers in given.values())

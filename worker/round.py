@@ -97,7 +97,7 @@ class Invited:
 
 @dataclass(frozen=True, slots=True)
 class Remember:
-    """Effect: write down that shares were given for this round, before what follows is done."""
+    """Effect: write down that shares were given for this round, or that it is complete, before what follows is done."""
 
     run: int
     round: int
@@ -125,7 +125,8 @@ class Over:
 
     Attributes:
         plan: None if it could not be read. result: None if there is an error.
-        released: were shares given? Then the update MUST NOT be put into another session.
+        released: were shares given?
+        spent: was all of the input sent? Others may have opened the sum that it is in; it MUST NOT be put into another session.
     """
 
     session: int
@@ -133,6 +134,7 @@ class Over:
     result: Result | None
     error: ShoalError | None
     released: bool
+    spent: bool
 
 
 RoundEvent: TypeAlias = Received | Linked | Tick | Trained | Shards | Lost
@@ -251,7 +253,7 @@ class RoundClient:
             return
         if isinstance(message, Kept):
             return self._kept(peer, message)
-        if peer != COORDINATOR or type(message) not in _KINDS:
+        if peer != COORDINATOR or type(message) not in KINDS:
             self.counters["rejected.misplaced"] += 1
             return
         if isinstance(message, Invite):
@@ -407,18 +409,23 @@ class RoundClient:
 
     def _unmask(self) -> None:
         plan, hand = self._held
-        self._released[plan.run] = plan.round
-        self._out.append(Remember(plan.run, plan.round))
+        self._remember(plan)
         self._opened, self.phase = True, Phase.UNMASKED
         ranks, shares = hand.open(self._survivors)
         self._upload = self._given = None
         self._say(Unmask(self.incarnation, self.session, ranks, (shares,)))
 
+    def _remember(self, plan: Plan) -> None:
+        """There is no more for this round from here."""
+        if self._released.get(plan.run, -1) < plan.round:
+            self._released[plan.run] = plan.round
+            self._out.append(Remember(plan.run, plan.round))
+
     def _completed(self, message: Released) -> None:
-        _, hand = self._held
-        last = Phase.UNMASKED if hand.masked else Phase.SENDING
-        if self.phase != last or hand.rank not in message.survivors:
+        plan, hand = self._held
+        if self.phase < Phase.SENDING or hand.rank not in message.survivors:  # others' shares may have been enough
             return self._end(RoundClosed("a federated round was completed without this worker", cause="it was late"))
+        self._remember(plan)
         totals = message.weight, dict(message.metrics), message.capped, message.clipped
         self._end(None, Result(len(message.survivors), *totals))
 
@@ -441,7 +448,8 @@ class RoundClient:
         self._over[self.session] = left
         while len(self._over) > REMEMBERED:
             self._over.popitem(last=False)
-        self._out.append(Over(self.session, self.plan, result, error, self._opened))
+        spent = self._opened or (self._upload is not None and self._upload.sent)
+        self._out.append(Over(self.session, self.plan, result, error, self._opened, spent))
         self._clear()
 
 
@@ -453,4 +461,5 @@ _LEGAL: dict[type[Any], tuple[Phase, Callable[[RoundClient, Any], None]]] = {
 }
 """In which phase a message is acted upon. Later it is a repetition; earlier it is out of place."""
 
-_KINDS = frozenset({Invite, Released, Abandoned, Noted, *_LEGAL})
+KINDS = frozenset({Invite, Released, Abandoned, Noted, *_LEGAL})
+"""What the coordinator says. A shard says `Kept`, and both `Refused`."""
