@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         WorkerEvicted,
     )
     from .protocol.rules import SGD, Adagrad, Adam, AdamW, Delta, RMSprop
+    from .protocol.secure.plan import Policy
     from .protocol.stale import Compensate
     from .worker.client import Worker
 
@@ -37,6 +38,7 @@ _HOMES = {
     "Worker": "worker.client",
     **dict.fromkeys(("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Delta"), "protocol.rules"),
     "Compensate": "protocol.stale",
+    "Policy": "protocol.secure.plan",
     **dict.fromkeys(
         (
             "AuthError",
@@ -68,6 +70,7 @@ __all__ = [
     "LocalCluster",
     "NoServerError",
     "NonFiniteError",
+    "Policy",
     "ProtectionError",
     "RMSprop",
     "RoundClosed",

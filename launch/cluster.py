@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from .inquiry import inquire
+from .mode import change
 from .servers import Servers
 from .settings import SERVER, settle
 
@@ -39,6 +40,14 @@ class LocalCluster:
     def status(self) -> dict[str, Any]:
         """What `shoal status --json` prints."""
         return inquire(self._servers.address, "status")
+
+    def switch(self, mode: str, staleness: float | None = None) -> dict[str, Any]:
+        """Train on in another mode, as `shoal mode` does. Returns mode, staleness, and the clock from which on.
+
+        Raises:
+            ShoalError: the servers refuse, and why.
+        """
+        return change(self._servers.address, mode, None if staleness is None else str(staleness))
 
     def close(self) -> None:
         """End the processes. Again changes nothing."""

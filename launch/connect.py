@@ -14,6 +14,7 @@ from typing import Any
 
 from ..protocol.errors import ConfigError, NoServerError
 from ..protocol.join import read_join
+from ..protocol.secure.plan import Policy
 from ..worker.client import CONNECT_TIMEOUT, WAIT_TIMEOUT, Worker
 from .settings import ATTEMPT, CODECS, JOIN, settle
 
@@ -30,6 +31,7 @@ def connect(
     wait_timeout: float = WAIT_TIMEOUT,
     push_codec: str | None = None,
     pull_codec: str | None = None,
+    require: str | Policy | None = None,
 ) -> Worker:
     """Join a cluster as a worker.
 
@@ -43,6 +45,8 @@ def connect(
             sends the largest hundredth of each block and keeps the rest for later (`topk:0.05`: so much of it); by default
             `$SHOAL_PUSH_CODEC`, else `raw`.
         pull_codec: how weights travel back: the same but for `topk`; by default `$SHOAL_PULL_CODEC`, else `raw`.
+        require: what is demanded of federated rounds: `secagg` (the servers see sums alone), `clear`, or a `shoal.Policy`; by
+            default `$SHOAL_REQUIRE`, else what the join string says, which is `secagg` unless it ends in `:clear`.
 
     Raises:
         NoServerError: no server answers in time. AuthError: the keys do not fit. VersionError: the server is another shoal.
@@ -57,6 +61,7 @@ def connect(
         "timeout": timeout,
         "wait_timeout": wait_timeout,
         "transport": os.environ.get("SHOAL_TRANSPORT", "") or "auto",
+        "require": require or os.environ.get("SHOAL_REQUIRE") or None,
         **settle(CODECS, {"push_codec": push_codec, "pull_codec": pull_codec}, "worker"),
     }
     if found:

@@ -101,7 +101,9 @@ class Display:
 
     def _table(self, status: dict[str, Any]) -> Group:
         head = Text(f"{self._title}  ", style="bold")
-        bound = "" if status["mode"] == "sync" else f" staleness {number(status['staleness'])}"
+        bound = f" staleness {number(status['staleness'])}" if status["mode"] == "async" else ""
+        if status["mode"] == "federated":
+            bound = f" protection {status['rounds']['protection']} rounds {status['rounds']['completed']}"
         head.append(
             f"{status['mode']}{bound}  {status['seconds']:.0f} s  {self._rates.total:.1f} steps/s", style="not bold"
         )

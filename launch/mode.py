@@ -8,8 +8,9 @@ from typing import Any
 from ..protocol.asking import Switched
 from ..protocol.errors import ShoalError
 from ..protocol.join import JoinAddress
+from ..protocol.phases import MODES
 from .inquiry import Inquiry
-from .settings import MODES, BadFlag, one_of
+from .settings import BadFlag, one_of
 from .settings import staleness as read_staleness
 
 PATIENCE = 10.0
@@ -39,9 +40,8 @@ def change(address: JoinAddress, mode: str, staleness: str | None) -> dict[str, 
         raise BadFlag(f"--staleness is {staleness!r}: {error}") from None
     with Inquiry(address) as inquiry:
         status, _ = inquiry.ask("status")
-        answer = inquiry.switch(
-            wanted, float(status["staleness"]) if bound is None else bound, status["lease"] + PATIENCE
-        )
+        before = float(status["staleness"])
+        answer = inquiry.switch(wanted, before if bound is None else bound, status["lease"] + PATIENCE)
     if not isinstance(answer, Switched):
         raise ShoalError(f"the mode stays {status['mode']}: {answer.text}", hint="shoal status")
     now = answer.staleness

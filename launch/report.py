@@ -41,12 +41,16 @@ def summarise(status: dict[str, Any]) -> dict[str, Any]:
         "rejected": status["rejected"],
         "insecure": status["insecure"],
         "logged": status["logged"],
+        "rounds": status["rounds"],
     }
 
 
 def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The closing table."""
-    bound = "" if report["mode"] == "sync" else f", staleness {number(report['staleness'])}"
+    bound = f", staleness {number(report['staleness'])}" if report["mode"] == "async" else ""
+    if report["mode"] == "federated":
+        rounds = report["rounds"]
+        bound = f", {rounds['protection']}, {rounds['completed']} rounds complete, {rounds['abandoned']} abandoned"
     found = [
         ("mode", report["mode"] + bound),
         ("workers / servers", f"{report['workers']} / {report['servers']}"),

@@ -12,7 +12,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ..protocol.errors import ShoalError
+from ..protocol.errors import ConfigError, ShoalError
+from ..protocol.join import CLEAR, SECAGG
+from ..protocol.secure.parameters import LEAST
 from . import report
 from .display import Display, closing_table
 from .inquiry import Inquiry
@@ -53,6 +55,12 @@ class Run:
         server |= {"advertise": "127.0.0.1", "min_shards": s["servers"], "insecure": False}
         if server["min_workers"] == 1:
             server["min_workers"] = s["workers"]
+        if s["mode"] == "federated" and s["protection"] == SECAGG and s["workers"] < LEAST:
+            raise ConfigError(
+                f"{s['workers']} workers cannot make a round in which the servers learn a sum and nothing else",
+                cause=f"of fewer than {LEAST} updates, each worker could tell the other's from the sum",
+                hint=f"-n {LEAST}, or more; or --protection {CLEAR}, in which servers see every update",
+            )
         with Stopper() as stopper, Display(f"shoal run {self._script}") as display:
             with Servers(settle(SERVER, server), log=lambda line: self._server_line(display, line)) as servers:
                 if not stopper.signal:

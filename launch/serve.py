@@ -59,7 +59,8 @@ def serve(given: dict[str, Any], join: str, join_file: str) -> int:
 
 def announce(console: Console, settings: dict[str, Any], servers: Servers, joined: bool) -> None:
     """What runs where, and the exact next commands."""
-    bound = "" if settings["mode"] == "sync" else f" staleness={settings['staleness']:g}"
+    bound = f" staleness={settings['staleness']:g}" if settings["mode"] == "async" else ""
+    bound += f" protection={settings['protection']}" if settings["mode"] == "federated" else ""
     security = "INSECURE" if servers.insecure else ("loopback only" if is_loopback(settings["bind"]) else "keys")
 
     def say(text: str) -> None:

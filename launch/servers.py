@@ -17,6 +17,7 @@ from ..protocol.errors import ConfigError
 from ..protocol.join import DEFAULT_PORT, JoinAddress, is_name, key_text, read_join
 from . import keys
 from .children import ServerProcess
+from .settings import ROUNDS
 
 
 class Servers:
@@ -142,12 +143,14 @@ class Servers:
             "min_shards": s["min_shards"] or s["shards"],
             "block_bytes": s["block_bytes"],
             "insecure": self.insecure,
+            "recipe": {name: s[name] for name in (setting.name for setting in ROUNDS)},
         }
         self.coordinator = ServerProcess(self._config("coordinator", s["port"], settings=settings), self._log)
         port = self.coordinator.ready()
         if self._keys:
-            return JoinAddress(self._advertise, port, self._keys.server_public, self._keys.enrol_secret)
-        return JoinAddress(self._advertise, port)
+            pair = self._keys.server_public, self._keys.enrol_secret
+            return JoinAddress(self._advertise, port, *pair, protection=s["protection"])
+        return JoinAddress(self._advertise, port, protection=s["protection"])
 
     def _start_shards(self) -> None:
         first = self._settings["port"]

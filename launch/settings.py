@@ -20,8 +20,9 @@ from typing import Any
 
 from ..protocol.codecs import Codec, pull_codec, push_codec
 from ..protocol.errors import ConfigError
-from ..protocol.join import DEFAULT_PORT
+from ..protocol.join import CLEAR, DEFAULT_PORT, SECAGG
 from ..protocol.layout import BLOCK_BYTES, MAX_BLOCK_BYTES, MIN_BLOCK_BYTES
+from ..protocol.phases import MODES
 
 
 class BadFlag(ConfigError):
@@ -29,13 +30,8 @@ class BadFlag(ConfigError):
 
 
 TOML = "shoal.toml"
-MODES = ("async", "sync")
 LATER = {
-    "federated": "federated rounds",
     "replicas": "replicated shards",
-    "rounds": "federated rounds",
-    "round_timeout": "federated rounds",
-    "protection": "secure rounds",
 }
 """Words of the contract that this version does not serve yet: they are refused, not ignored."""
 
@@ -104,6 +100,19 @@ def staleness(value: Any) -> float:
     return number
 
 
+def positive(value: Any) -> float:
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError("must be over 0 and finite")
+    return number
+
+
+def modulus(value: Any) -> int:
+    if str(value) not in ("16", "32"):
+        raise ValueError("must be 16 or 32")
+    return int(value)
+
+
 def one_of(*allowed: str) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if value in LATER:
@@ -138,12 +147,28 @@ def text(value: Any) -> str:
     return str(value)
 
 
+ROUNDS = (
+    Setting("rounds", whole(0, 2**31), 0, "Federated rounds to make; 0: as many as workers take part in.", "R"),
+    Setting("round_timeout", seconds, 60.0, "A worker that trains for longer than this misses the round.", "TIME"),
+    Setting(
+        "protection",
+        one_of(SECAGG, CLEAR),
+        SECAGG,
+        "Of federated rounds: secagg, where servers see sums alone, or clear, where they see every update.",
+        f"{SECAGG}|{CLEAR}",
+    ),
+    Setting("cohort", whole(0, 4096), 0, "Workers that are drawn for each round; 0: all.", "N"),
+    Setting("clip", positive, 1.0, "The largest change of one weight in one round; what is larger is cut off.", "X"),
+    Setting("modulus", modulus, 32, "Bits that a masked weight travels in: 32, or 16 for half the bytes.", "32|16"),
+)
+"""Of federated rounds."""
+
 CLUSTER = (
     Setting(
         "mode",
         one_of(*MODES),
         "async",
-        "What the servers do with a push: apply it at once, or average a step.",
+        "What the servers do with a push: apply it at once, average a step, or none but rounds of local training.",
         "|".join(MODES),
     ),
     Setting(
@@ -163,6 +188,7 @@ CLUSTER = (
         "error|skip",
     ),
     Setting("block_bytes", block_size, BLOCK_BYTES, "The largest block; 4KiB to 16MiB.", "SIZE"),
+    *ROUNDS,
     Setting("state_dir", text, "", "Where keys are kept; by default ~/.local/state/shoal.", "DIR"),
 )
 
@@ -253,7 +279,7 @@ def _refuse_unknown(settings: Iterable[Setting], given: Mapping[str, Any]) -> No
     names = [setting.name for setting in settings]
     for name, value in given.items():
         if name in LATER and name not in names:
-            if value in (None, 0, "clear"):
+            if value in (None, 0):
                 continue
             raise ConfigError(f"{name}={value!r}: {LATER[name]} are not part of this version")
         if name not in names:

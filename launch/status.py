@@ -8,13 +8,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..protocol.join import CLEAR
 from .report import human_bytes, number
 
 
 def show(status: dict[str, Any]) -> None:
     """Print a status to standard output."""
     console = Console(highlight=False)
-    bound = "" if status["mode"] == "sync" else f"  staleness {number(status['staleness'])}"
+    bound = f"  staleness {number(status['staleness'])}" if status["mode"] == "async" else ""
     console.print(
         Text(
             f"run {status['run']}  mode {status['mode']}{bound}  security {status['security']}  {status['seconds']:.0f} s"
@@ -26,6 +27,14 @@ def show(status: dict[str, Any]) -> None:
         )
     if status["waiting_for"]:
         console.print(Text(f"waiting for {status['waiting_for']}", style="yellow"))
+    rounds = status["rounds"]
+    if status["mode"] == "federated":
+        wanted = f" of {rounds['wanted']}" if rounds["wanted"] else ""
+        state = f"now: {rounds['stage']}" if rounds["stage"] else f"waiting for {rounds['waiting_for'] or 'the next'}"
+        text = f"rounds {rounds['completed']}{wanted} complete, {rounds['abandoned']} abandoned, {rounds['workers']} workers"
+        console.print(Text(f"{text}  protection {rounds['protection']}  {state}"))
+        if rounds["protection"] == CLEAR:
+            console.print(Text("CLEAR: the servers see every worker's update", style="bold red"))
     totals = status["totals"]
     console.print(
         Text(

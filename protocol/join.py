@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from .errors import ConfigError
 
 PREFIX = "shoal1"
+SECAGG, CLEAR = "secagg", "clear"
+"""Protections of federated rounds: masked, or every update as it is."""
 DEFAULT_PORT = 7450
 MAX_NAME = 128
 """Bytes of a worker's name, or of a host."""
@@ -23,12 +25,18 @@ _HINT = "copy the whole line that `shoal server` printed"
 
 @dataclass(frozen=True, slots=True)
 class JoinAddress:
-    """Where a coordinator is, and the keys to it: raw 32 bytes each, or empty on loopback and with --insecure."""
+    """Where a coordinator is, and the keys to it: raw 32 bytes each, or empty on loopback and with --insecure.
+
+    Attributes:
+        protection: what whoever joins with it demands of federated rounds, unless told otherwise: the operator has said so where
+            the address comes from, not over the wire.
+    """
 
     host: str
     port: int
     server_key: bytes = b""
     secret: bytes = field(default=b"", repr=False)
+    protection: str = SECAGG
 
     @property
     def address(self) -> str:
@@ -39,7 +47,7 @@ class JoinAddress:
         text = f"{PREFIX}:{self.address}"
         if self.server_key:
             text += f":{key_text(self.server_key)}:{key_text(self.secret)}"
-        return text
+        return text if self.protection == SECAGG else f"{text}:{self.protection}"
 
 
 def read_join(text: str) -> JoinAddress:
@@ -60,16 +68,17 @@ def read_join(text: str) -> JoinAddress:
         body = text
     host, rest = _split_host(body)
     parts = rest.split(":") if rest else []
+    protection = parts.pop() if len(parts) > 1 and parts[-1] == CLEAR else SECAGG
     port = _port(parts[0]) if parts else DEFAULT_PORT
     if len(parts) <= 1:
-        return JoinAddress(host, port)
+        return JoinAddress(host, port, protection=protection)
     if len(parts) != 3:
         raise ConfigError(
             f"the join string has {len(parts) + 1} parts after {PREFIX!r}, not 2 or 4",
             cause="it was cut short",
             hint=_HINT,
         )
-    return JoinAddress(host, port, read_key(parts[1], "server key"), read_key(parts[2], "secret"))
+    return JoinAddress(host, port, read_key(parts[1], "server key"), read_key(parts[2], "secret"), protection)
 
 
 def key_text(key: bytes) -> str:

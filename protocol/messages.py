@@ -15,7 +15,7 @@ from .records import Member as Member
 from .records import Members, Phases, Places
 from .records import Phase as Phase
 from .records import Place as Place
-from .rounds import RoundMessage
+from .rounds import Enlist, Progress, RoundMessage
 from .schema import (
     I64,
     U32,
@@ -533,4 +533,6 @@ Message: TypeAlias = (
     | Switch
     | Switched
     | RoundMessage
+    | Enlist
+    | Progress
 )

@@ -12,12 +12,17 @@ from math import inf
 from .records import Phase
 
 Phases = tuple[Phase, ...]
-MODES = ("async", "sync")
+MODES = ("async", "sync", "federated")
 
 
 def at(phases: Phases, clock: int) -> Phase:
     """The phase of a step."""
     return next((phase for phase in reversed(phases) if phase.clock <= clock), phases[0])
+
+
+def floor(phases: Phases) -> int:
+    """The least clock to enter at: rounds have no steps, so whoever comes from there begins with the next phase."""
+    return phases[-1].clock if any(phase.mode == "federated" for phase in phases) else 0
 
 
 def opens(phases: Phases, clock: int) -> int:
@@ -30,5 +35,5 @@ def opens(phases: Phases, clock: int) -> int:
 def needed(phases: Phases, clock: int) -> float:
     """The least clock of all at which a pull at `clock` may be answered: the staleness rule (SPEC §6.2)."""
     phase = at(phases, clock)
-    bound = 0.0 if phase.mode == "sync" else phase.staleness
+    bound = {"sync": 0.0, "federated": inf}.get(phase.mode, phase.staleness)
     return max(-inf if bound == inf else clock - bound, opens(phases, clock))

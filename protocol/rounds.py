@@ -10,15 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, TypeAlias
 
-from .schema import U32, U64, Flag, Indices, Numbers, Real, Text, integer, listing
+from .schema import U32, U63, U64, Flag, Indices, Numbers, Real, Text, integer, listing, string
 
 MAX_MEMBERS = 4096
+MAX_METRICS = 64
 NOTHING, READY, APPLIED = range(3)
 """How a session ended at a shard: not at all, with an average that waits to be applied, applied."""
 ROUND_CLOSED = "round_closed"
 """The code of a refusal: the session is over, or never was."""
 
 Incarnations = Annotated[tuple[int, ...], listing(integer(0, 2**64 - 1), MAX_MEMBERS)]
+Names = Annotated[tuple[str, ...], listing(string(256), MAX_METRICS)]
 State = Annotated[int, integer(NOTHING, APPLIED)]
 Buffers: TypeAlias = "tuple[bytes | bytearray | memoryview, ...]"
 
@@ -156,6 +158,8 @@ class Recalled:
     session: U64
     last: U64
     state: State
+    rounds: U63
+    """How many it has applied in this life."""
     buffers: Buffers = field(repr=False)
 
 
@@ -252,6 +256,32 @@ class Noted:
     session: U64
     kind: U32
     number: U32
+
+
+# --- between rounds
+
+
+@dataclass(frozen=True, slots=True)
+class Enlist:
+    """This worker takes part in rounds, or not any more. It can say these metrics of each."""
+
+    TYPE: ClassVar[int] = 86
+    incarnation: U64
+    willing: Flag
+    metrics: Names
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the rounds are. Of `wanted` rounds 0 are without an end."""
+
+    TYPE: ClassVar[int] = 87
+    incarnation: U64
+    willing: Flag
+    completed: U63
+    wanted: U63
+    why: Text
+    """Why no round is under way; empty if one is."""
 
 
 RoundMessage: TypeAlias = (

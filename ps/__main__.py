@@ -36,9 +36,10 @@ def main() -> int:
     core: Core
     if config["role"] == "coordinator":
         from .coordinator import Coordinator
+        from .recipe import recipe
         from .settings import Settings
 
-        settings = Settings(**config["settings"])
+        settings = Settings(**config["settings"] | {"recipe": recipe(**config["settings"]["recipe"])})
         core, label = Coordinator(_random(), settings, wall), "coordinator"
     else:
         import torch

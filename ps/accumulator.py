@@ -18,6 +18,7 @@ import numpy as np
 
 from ..protocol.effects import COORDINATOR, Peer, Received, Send, Tick
 from ..protocol.errors import ProtocolError
+from ..protocol.join import SECAGG
 from ..protocol.messages import Message, Refused
 from ..protocol.repeats import Repeats, note
 from ..protocol.rounds import (
@@ -42,7 +43,7 @@ from ..protocol.rounds import (
 from ..protocol.secure.fixed import UNIT, Totals, average, totals
 from ..protocol.secure.masks import AUXILIARY, Masks
 from ..protocol.secure.noise import Array, restore
-from ..protocol.secure.plan import SECAGG, Plan
+from ..protocol.secure.plan import Plan
 from ..protocol.secure.scale import WEIGHT
 from ..protocol.session import PIECE, Slice, ascending, ends
 
@@ -132,6 +133,8 @@ class Accumulator:
         self._sum: _Sum | None = None
         self._last = (0, NOTHING)
         """The last session that ended here, or is about to, and how."""
+        self.rounds = 0
+        """How many it has applied."""
         self._over: deque[int] = deque(maxlen=REMEMBERED)
         """Sessions that are over: what comes late does not begin them again."""
         self._free: list[Array] = []
@@ -195,7 +198,7 @@ class Accumulator:
 
     def _recall(self, message: Recall) -> None:
         self._note(message)
-        self._say(Recalled(self.incarnation, message.session, *self._last, (self._digest(),)))
+        self._say(Recalled(self.incarnation, message.session, *self._last, self.rounds, (self._digest(),)))
 
     def _begin(self, message: Begin) -> None:
         if self._of(message.session) is None and message.session not in self._over:
@@ -253,6 +256,7 @@ class Accumulator:
             self._out.append(Apply(held.plan.run, held.plan.round, held.result))
             self._drop()
             self._last = message.session, APPLIED
+            self.rounds += 1
         elif held is not None:
             return self._misplaced()  # it is not ready: the coordinator cannot have said this
         self._note(message)

@@ -9,7 +9,8 @@ Rules
 from __future__ import annotations
 
 import json
-from collections import Counter, OrderedDict
+import secrets
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,7 +21,6 @@ from ..protocol.asking import Echo, Echoed, Inquire, Switch
 from ..protocol.effects import Effect, Log, Peer, Received, Send, Tick, Unreadable
 from ..protocol.errors import ProtocolError
 from ..protocol.join import is_name
-from ..protocol.layout import lay_out
 from ..protocol.messages import (
     Claim,
     Cluster,
@@ -35,7 +35,6 @@ from ..protocol.messages import (
     Leave,
     Left,
     Message,
-    Model,
     Refused,
     Register,
     Registered,
@@ -48,18 +47,21 @@ from ..protocol.messages import (
     Waiting,
     Welcome,
 )
-from ..protocol.model import ModelSpec, read_model
 from ..protocol.records import Member
+from ..protocol.rounds import Enlist
+from .federation import Federation
 from .lobby import Lobby
 from .members import Life, Members, Refusal
 from .partitions import Answer, Partitions
+from .registration import Registration
+from .requests import Requests
+from .rounds import KINDS
 from .settings import Settings
 from .shards import Held, Shards
 from .status import status
 from .switch import Modes, Verdict
 
 RETRY = 1.0
-REMEMBERED_ANSWERS = 64
 MAX_NAMES = 4096
 """Names of logged values and of counters that are kept."""
 
@@ -69,14 +71,6 @@ class Died:
     """A supervisor on this machine saw the process of the worker of this name end."""
 
     name: str
-
-
-@dataclass(slots=True)
-class _Parked:
-    """A request that cannot be answered yet."""
-
-    peer: Peer
-    message: Register | Claim
 
 
 @dataclass(slots=True)
@@ -94,9 +88,12 @@ class Coordinator:
     Args:
         run: this life, a random 64-bit number.
         wall: seconds since 1970 at `now = 0`.
+        below: a uniform number from 0 up to its argument, without it; draws who is in a round.
     """
 
-    def __init__(self, run: int, settings: Settings, wall: float = 0.0) -> None:
+    def __init__(
+        self, run: int, settings: Settings, wall: float = 0.0, below: Callable[[int], int] = secrets.randbelow
+    ) -> None:
         self.run, self.settings, self.wall = run, settings, wall
         self.now = 0.0
         self.epoch = 1
@@ -106,32 +103,31 @@ class Coordinator:
         self.counters: Counter[str] = Counter()
         self.totals = Totals()
         self.logged: dict[str, float] = {}
-        self.spec: ModelSpec | None = None
         self.opened_at: float | None = None
         """When `min_workers` were here for the first time."""
         self.modes = Modes(settings.mode, settings.staleness, settings.lease)
+        self.federation = Federation(run, settings.recipe, below, max(settings.min_workers, settings.recipe.fewest))
         self._begun = False
         """Has every shard had `min_workers` workers counted in at once?"""
-        self._model: Model | None = None
-        self._filler = 0
-        self._registrations = 0
+        self.registration = Registration(run)
         self._cluster_epoch = 1
-        self._answered: dict[int, OrderedDict[int, Message]] = {}
-        self._parked: OrderedDict[tuple[int, int], _Parked] = OrderedDict()
+        self._requests = Requests()
         self._lobby = Lobby()
         self._retry_at = 0.0
         self._out: list[Effect] = []
 
     @property
     def wake_at(self) -> float:
-        return min(self._retry_at, self.members.next_expiry)
+        return min(self._retry_at, self.members.next_expiry, self.federation.wake_at)
 
     def handle(self, event: Received | Unreadable | Tick | Died, now: float) -> list[Effect]:
         self._out, self.now = [], now
         match event:
             case Received(peer, message):
                 act = _ACTS.get(type(message))
-                if act is None:
+                if type(message) in KINDS:
+                    self._round(peer, message)
+                elif act is None:
                     self.counters["rejected.misplaced"] += 1
                 else:
                     act(self, peer, message)
@@ -150,6 +146,7 @@ class Coordinator:
         if now >= self._retry_at:
             self._retry_at = now + RETRY
             self._repeat()
+        self._federate()
         return self._out
 
     # --- shards
@@ -187,7 +184,7 @@ class Coordinator:
         if not self._begun and self.shards.opened:
             self._begun = True
             self._new_epoch()
-        self._change(self.modes.agree(self.shards))
+        self._change(self.modes.agree(self.shards, self.federation.idle))
         if before != (held.filled, held.digest):
             self._filling_changed(unfilled)
         self._inform(held)
@@ -203,20 +200,13 @@ class Coordinator:
 
     def _filling_changed(self, unfilled: tuple[int, ...]) -> None:
         """A shard has taken in the model, has been filled, or has lost its weights."""
-        filler = self._filler
-        self._choose_filler()
-        if filler != self._filler or set(self.shards.unfilled) - set(unfilled):
+        if self._choose_filler() or set(self.shards.unfilled) - set(unfilled):
             self._new_epoch(cluster=True)
         self._look_again()
 
-    def _choose_filler(self) -> None:
-        unfilled = self.shards.unfilled if self._model else ()
-        if not unfilled:
-            self._filler = 0
-        elif self.members.get(self._filler) is None:
-            ready = [life for life in self.members if life.registered]
-            best = max(ready, key=lambda life: (life.entered, life.clock, -life.registered), default=None)
-            self._filler = best.incarnation if best else 0
+    def _choose_filler(self) -> bool:
+        alive = self.members.get(self.registration.filler) is not None
+        return self.registration.choose_filler(self.shards, self.members, alive)
 
     def _new_epoch(self, cluster: bool = False) -> None:
         self.epoch += 1
@@ -231,10 +221,10 @@ class Coordinator:
     def _inform(self, held: Held, view: View | None = None) -> None:
         """Send a shard what it lacks: the model first, then the view. Each is repeated after a while, and of views one is under way
         at a time: many workers who come at once would cost the square of their number (SPEC §3.2.1)."""
-        if self._lacks_model(held) and self.now - held.model_sent_at >= RETRY:
+        model = self.registration.message
+        if model and self.registration.lacked_by(held, self.shards) and self.now - held.model_sent_at >= RETRY:
             held.model_sent_at = self.now
-            assert self._model is not None
-            self._send(held.peer, self._model)
+            self._send(held.peer, model)
         if held.epoch < self.epoch and (held.epoch >= held.told or self.now - held.told_at >= RETRY):
             held.told, held.told_at = self.epoch, self.now
             self._send(held.peer, view or self._view())
@@ -242,7 +232,7 @@ class Coordinator:
     def _view(self) -> View:
         hold = self.modes.changing or not self.shards.ready
         members = tuple(Member(life.incarnation, life.name, life.registered > 0) for life in self.members)
-        return View(self.run, self.epoch, self.modes.phases, hold, self._filler, self._quorum, members)
+        return View(self.run, self.epoch, self.modes.phases, hold, self.registration.filler, self._quorum, members)
 
     @property
     def _quorum(self) -> int:
@@ -252,11 +242,8 @@ class Coordinator:
         wanted = self.settings.min_workers
         return wanted if self.opened_at is None else min(wanted, len(self.members))
 
-    def _lacks_model(self, held: Held) -> bool:
-        return self._model is not None and held.place.index < self.shards.fixed and held.digest != self._model.digest
-
     def _cluster(self, life: Life) -> None:
-        fill = self.shards.unfilled if life.incarnation == self._filler else ()
+        fill = self.shards.unfilled if life.incarnation == self.registration.filler else ()
         self._send(life.peer, Cluster(life.incarnation, self.epoch, self.shards.places, self.modes.phases, fill))
 
     # --- workers come, stay and go
@@ -345,9 +332,8 @@ class Coordinator:
     def _end(self, life: Life, state: str, why: str) -> None:
         self.members.end(life, state)
         self.partitions.end(life.incarnation)
-        self._answered.pop(life.incarnation, None)
-        for key in [key for key in self._parked if key[0] == life.incarnation]:
-            del self._parked[key]
+        self._requests.end(life.incarnation)
+        self.federation.gone(life.incarnation)
         for name, value in life.stats.items():
             if name in self.totals.stats or len(self.totals.stats) < MAX_NAMES:
                 self.totals.stats[name] += value  # type: ignore[assignment]
@@ -359,9 +345,7 @@ class Coordinator:
             self._log(
                 "warning", f"worker {life.name} (pid {life.pid} on {life.host}) is gone: {why}; its data is free again"
             )
-        filler = self._filler
-        self._choose_filler()
-        self._new_epoch(cluster=filler != self._filler)
+        self._new_epoch(cluster=self._choose_filler())
         self._look_again()
         if state != "replaced":
             for peer, join in list(self._lobby.contesting(life.name)):
@@ -382,15 +366,13 @@ class Coordinator:
         life = self._known(peer, message.incarnation)
         if life is None:
             return
-        before = self._answered.get(life.incarnation, OrderedDict()).get(message.request)
+        before = self._requests.answer_to((life.incarnation, message.request))
         if before is not None:
             return self._send(peer, before)
         match message:
             case Register() | Claim():
-                key = (life.incarnation, message.request)
-                again = key in self._parked
-                self._parked[key] = _Parked(peer, message)
-                if not self._try(key) and (again or isinstance(message, Claim)):
+                again = self._requests.park(message)
+                if not self._try(message) and (again or isinstance(message, Claim)):
                     self._send(peer, self._waiting(message))
             case Declare():
                 wrong = self.partitions.declare(message)
@@ -414,75 +396,55 @@ class Coordinator:
         return Waiting(message.request, filled, self.shards.fixed, "shards to take in the model and the first weights")
 
     def _answer(self, life: Life, request: int, answer: Message) -> None:
-        kept = self._answered.setdefault(life.incarnation, OrderedDict())
-        kept[request] = answer
-        while len(kept) > REMEMBERED_ANSWERS:
-            kept.popitem(last=False)
+        self._requests.answered((life.incarnation, request), answer)
         self._send(life.peer, answer)
 
     def _look_again(self) -> None:
-        for key in list(self._parked):
-            if key in self._parked:
-                self._try(key)
+        for message in self._requests.parked():
+            self._try(message)
 
-    def _try(self, key: tuple[int, int]) -> bool:
+    def _try(self, message: Register | Claim) -> bool:
         """Answer a parked request if it can be answered now."""
-        parked, life = self._parked[key], self.members.get(key[0])
+        life = self.members.get(message.incarnation)
         assert life is not None
-        message = parked.message
         answer = self._try_register(life, message) if isinstance(message, Register) else self._try_claim(life, message)
         if answer is None:
             return False
-        self._parked.pop(key, None)
-        self._answer(life, key[1], answer)
+        self._answer(life, message.request, answer)
         return True
 
     def _try_register(self, life: Life, message: Register) -> Message | None:
         try:
-            spec = (
-                read_model(message.buffers[0])
-                if self.spec is None or self.spec.description != message.buffers[0]
-                else self.spec
-            )
+            spec = self.registration.read(bytes(message.buffers[0]))
         except ProtocolError as error:
             self.counters["rejected.malformed"] += 1
             return Refused(message.request, "malformed", str(error)[:4096])
-        if self.spec is None:
+        if self.registration.spec is None:
             if not self.shards.ready:
                 return None
-            self.spec = spec
-            layout = lay_out(spec, len(self.shards), self.settings.block_bytes)
-            self.shards.fixed, self.shards.digest = layout.shards, layout.digest
-            self.shards.idle = frozenset(i for i, blocks in enumerate(layout.by_shard) if not blocks)
-            self._model = Model(self.run, layout.shards, layout.block_bytes, layout.digest, (spec.description,))
+            layout = self.registration.lay_out(spec, self.shards, self.settings.block_bytes)
+            self.federation.laid_out(layout)
             self._log(
                 "info",
                 f"the model has {len(spec.tensors)} tensors, {spec.total_bytes} bytes, {len(layout.blocks)} blocks",
             )
             for held in self.shards:
                 self._inform(held)
-        if spec is not self.spec:
-            difference = self.spec.difference(spec)
-            if difference:
-                text = f"this worker's model is not the one that is being trained: {difference}"
-                return Refused(message.request, "mismatch", text[:4096])
-        if not life.registered:
-            self._registrations += 1
-            life.registered = self._registrations
-            filler = self._filler
-            self._choose_filler()
-            if filler != self._filler:
-                self._new_epoch(cluster=True)
-        if self.opened_at is None or not self.shards.agreed:
+        elif spec is not self.registration.spec and (difference := self.registration.spec.difference(spec)):
+            text = f"this worker's model is not the one that is being trained: {difference}"
+            return Refused(message.request, "mismatch", text[:4096])
+        if self.registration.count(life) and self._choose_filler():
+            self._new_epoch(cluster=True)
+        model = self.registration.message
+        if self.opened_at is None or not self.shards.agreed or model is None:
             return None
-        if self.shards.unfilled and life.incarnation != self._filler:
+        if self.shards.unfilled and life.incarnation != self.registration.filler:
             return None
-        assert self._model is not None
-        return Registered(
-            life.incarnation, message.request, self._model.shards, self._model.block_bytes, self._model.digest
-        )
+        return Registered(life.incarnation, message.request, model.shards, model.block_bytes, model.digest)
 
     def _try_claim(self, life: Life, message: Claim) -> Message | None:
+        if self.modes.now.mode == "federated":
+            return Refused(message.request, "federated", "in federated mode data stay where they are")
         if self.opened_at is None:
             return None
         found = self.partitions.claim(life.incarnation, message.job, message.epochs)
@@ -494,6 +456,32 @@ class Coordinator:
             return Refused(message.request, "undeclared", f"data set {message.job!r} is not declared")
         oldest = self.partitions.jobs[message.job].oldest
         return Leased(life.incarnation, message.request, found.lease, found.epoch, found.start, found.stop, oldest)
+
+    # --- federated rounds
+
+    def _enlist(self, peer: Peer, message: Enlist) -> None:
+        life = self._known(peer, message.incarnation)
+        if life is not None:
+            self.federation.enlist(message, life.name)
+
+    def _round(self, peer: Peer, message: Any) -> None:
+        """A message of a round, from somebody who is known by its incarnation."""
+        held = self.shards.known(message.incarnation)
+        if held is not None:
+            held.peer = peer
+        elif self._known(peer, message.incarnation) is None:
+            return
+        self._federate(message)
+
+    def _federate(self, message: Message | None = None) -> None:
+        for effect in self.federation.turn(message, self.modes, self.shards, self.now):
+            if isinstance(effect, Log):
+                self._out.append(effect)
+                continue
+            receiver = self.shards.known(effect.to) or self.members.get(effect.to)
+            if receiver is not None:
+                self._send(receiver.peer, effect.message)
+        self._change(self.modes.agree(self.shards, self.federation.idle))
 
     # --- the rest
 
@@ -513,6 +501,7 @@ class Coordinator:
             self._log("info", verdict.news)
         if verdict.view:
             self._new_epoch(cluster=True)
+            self._look_again()  # data that somebody waits for are not leased where rounds are made
         for peer, answer in verdict.told:
             self._send(peer, answer)
 
@@ -535,9 +524,8 @@ class Coordinator:
     def check(self) -> None:
         """The invariants; tests call it after every event."""
         live = {life.incarnation for life in self.members}
-        assert {key[0] for key in self._parked} <= live
-        assert set(self._answered) <= live
-        assert not self._filler or self._filler in live
+        assert self._requests.workers <= live
+        assert not self.registration.filler or self.registration.filler in live
         for job in self.partitions.jobs.values():
             assert {held.incarnation for held in job.leased.values()} <= live
             spans = sorted([(h.epoch, h.start, h.stop) for h in job.leased.values()] + job.returned)
@@ -557,6 +545,7 @@ _ACTS: dict[type[Message], _Act] = {
     ShardJoin: Coordinator._shard_join,
     Report: Coordinator._report,
     Switch: Coordinator._switch,
+    Enlist: Coordinator._enlist,
     Inquire: Coordinator._inquire,
     Echo: Coordinator._echo,
     Refused: Coordinator._ignore,

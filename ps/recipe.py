@@ -6,18 +6,46 @@ Rules
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..protocol.errors import ConfigError
-from ..protocol.secure.parameters import CORRUPT, DROPOUT, resolve
-from ..protocol.secure.plan import SECAGG, Plan, Setting
+from ..protocol.join import SECAGG
+from ..protocol.rounds import MAX_METRICS
+from ..protocol.secure.parameters import CORRUPT, DROPOUT, LEAST, resolve
+from ..protocol.secure.plan import Plan, Setting
 from ..protocol.secure.privacy import Skellam
-from ..protocol.session import STAGES, ranges
+from ..protocol.session import DEAL, FINISH, STAGES, ranges
 from .round import TURNS
 
 DEADLINES = (20.0, 600.0, 60.0, 600.0, 20.0, 60.0, 120.0)
 """Seconds, by stage: advertise, deal, turn, masked, consent, unmask, finish."""
+
+
+CAP, FIRST = 8.0, 256.0
+"""The largest weight relative to the mean of the last round; in a first round, the largest relative to itself."""
+
+
+def _near(mean: float) -> float:
+    """A power of two: of the others' weights it says little more than what they are together."""
+    return 2.0 ** round(math.log2(mean))
+
+
+def recipe(
+    rounds: int = 0,
+    round_timeout: float = 60.0,
+    protection: str = SECAGG,
+    cohort: int = 0,
+    clip: float = 1.0,
+    modulus: int = 32,
+) -> Recipe:
+    """What an operator has typed. `round_timeout`: seconds to train in; nothing else takes longer."""
+    most = [min(seconds, round_timeout) for seconds in DEADLINES]
+    most[DEAL] = round_timeout
+    most[FINISH] = DEADLINES[FINISH]
+    wanted = {"rounds": rounds or None, "clients": cohort or None}
+    return Recipe(protection, **wanted, clip=clip, bits=modulus, deadlines=tuple(most), measured=True)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +57,9 @@ class Recipe:
         clients: wanted in a round, or None for all that are here. over: so many more are invited, as a share of them.
         least: with fewer workers than these no round begins.
         minimum, threshold, corrupt, dropout: as `parameters.resolve`; in the clear the first alone counts.
-        bits, clip, cap, reference: how updates become integers, as in a plan. training, metrics, deadlines, noise: as in a plan.
+        bits, clip, cap, reference: how updates become integers, as in a plan. training, deadlines, noise: as in a plan.
+        measured: weights are numbers of examples, and `cap` and `reference` follow from the mean of the last round. Of the first
+            nothing is known: it has room for any, and therefore 32 bits.
         rounds: after so many there are no more, or None. room: slices that a shard has room for.
     """
 
@@ -47,11 +77,17 @@ class Recipe:
     cap: float = 1.0
     reference: float = 1.0
     training: tuple[tuple[str, Setting], ...] = ()
+    measured: bool = False
     metrics: tuple[str, ...] = ()
     deadlines: tuple[float, ...] = DEADLINES
     noise: Skellam | None = None
     rounds: int | None = None
     room: int = TURNS
+
+    @property
+    def fewest(self) -> int:
+        """With fewer workers no round can be."""
+        return max(self.least, LEAST if self.protection == SECAGG else 1)
 
     def cohort(self, here: int) -> int:
         """How many of those who are here are invited; 0: no round can begin."""
@@ -59,12 +95,24 @@ class Recipe:
             return 0
         return here if self.clients is None else min(here, round(self.clients * (1 + self.over)))
 
-    def plan(self, run: int, round_: int, cohort: int, sizes: Sequence[int], layout: bytes, model: bytes) -> Plan:
+    def plan(
+        self,
+        run: int,
+        round_: int,
+        cohort: int,
+        sizes: Sequence[int],
+        layout: bytes,
+        model: bytes,
+        metrics: tuple[str, ...] = (),
+        mean: float | None = None,
+    ) -> Plan:
         """The plan of a round.
 
         Args:
             cohort: how many are invited. sizes: elements of each shard.
             layout: the layout's digest, 32 bytes. model: that of the weights.
+            metrics: names that all who are invited can say, beside the recipe's own.
+            mean: the mean weight in the last round, if there was one.
 
         Raises:
             ConfigError: it cannot be done with so many; the text says which inequality does not hold.
@@ -84,6 +132,9 @@ class Recipe:
                 minimum=self.minimum,
             )
             degree, threshold, minimum = found.degree, found.threshold, found.minimum
+        bits, cap, reference = self.bits, self.cap, self.reference
+        if self.measured and self.noise is None:
+            bits, cap, reference = (bits, CAP, _near(mean)) if mean else (32, FIRST, FIRST)
         return Plan(
             run=run,
             round=round_,
@@ -93,16 +144,16 @@ class Recipe:
             threshold=threshold,
             degree=degree,
             active=self.active and masked,
-            bits=self.bits,
+            bits=bits,
             clip=self.clip,
-            cap=self.cap,
-            reference=self.reference,
+            cap=cap,
+            reference=reference,
             elements=sum(sizes),
             layout=layout,
             model=model,
             shards=ranges(sizes),
             training=self.training,
-            metrics=self.metrics,
+            metrics=() if self.noise else tuple(sorted({*self.metrics, *metrics}))[:MAX_METRICS],
             deadlines=self.deadlines,
             noise=self.noise,
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from math import inf
 from typing import Any
@@ -146,6 +146,8 @@ class Session:
         self._consents: dict[int, bytes] = {}
         self._unmasking: Unmasking | None = None
         self._finished: dict[int, Finished] = {}
+        self.settled = False
+        """Has every shard noted the end? Clients hear of a result then, so that they pull what it made."""
         self._deadline = self._ended_at = inf
         self._enter(Stage.ADVERTISE, ADVERTISE, now)
         for incarnation in self._cohort:
@@ -156,7 +158,7 @@ class Session:
 
     def over(self, now: float) -> bool:
         """Is the round's end decided, and do all shards know it, and all clients who can be told?"""
-        if self.stage < Stage.RELEASED or any(self._repeats.owed(shard) for shard in self.shards):
+        if not self.settled:
             return False
         return not len(self._repeats) or now >= self._ended_at + LINGER
 
@@ -225,11 +227,10 @@ class Session:
         if incarnation in self.shards:
             self.abandon("a shard is gone", now)
         self._repeats.drop(lambda to, _: to == incarnation)
-        if incarnation in self._gone or incarnation not in self._cohort:
-            return
-        self._gone.add(incarnation)
-        if self._turns is not None and incarnation in self._ranks:
-            self._turns.drop(self._ranks[incarnation])
+        if incarnation in self._cohort and incarnation not in self._gone:
+            self._gone.add(incarnation)
+            if self._turns is not None and incarnation in self._ranks:
+                self._turns.drop(self._ranks[incarnation])
         self.tick(now)
 
     def tick(self, now: float) -> None:
@@ -380,17 +381,15 @@ class Session:
         counts = {(each.weight, each.capped, each.clipped, each.metrics) for each in self._finished.values()}
         if len(counts) > 1:
             return self._abandon("the shards have counted different things", now)
-        self.stage, self._deadline, self._ended_at = Stage.RELEASED, inf, now
+        self.stage, self._deadline = Stage.RELEASED, inf
         self.result = Released(0, self.number, self._added, *counts.pop())
         self._repeats.drop()
-        for to in (*self.shards, *self._witnesses):
-            found = self.result
-            totals = found.weight, found.capped, found.clipped, found.metrics
-            self._tell(to, Released(to, self.number, found.survivors, *totals), now)
+        for shard in self.shards:
+            self._tell(shard, replace(self.result, incarnation=shard), now)
         return True
 
     def _abandon(self, why: str, now: float) -> bool:
-        self.stage, self._deadline, self._ended_at, self.why = Stage.ABANDONED, inf, now, why
+        self.stage, self._deadline, self.why = Stage.ABANDONED, inf, why
         self._repeats.drop()
         self._forget()
         for to in (*self.shards, *self._witnesses):
@@ -403,6 +402,12 @@ class Session:
             self._abandon(why, now)
 
     def _ended(self, now: float) -> bool:
+        if self.settled or any(self._repeats.owed(shard) for shard in self.shards):
+            return False
+        self.settled, self._ended_at = True, now
+        for to in self._witnesses if self.result else ():
+            assert self.result is not None
+            self._tell(to, replace(self.result, incarnation=to), now)
         return False
 
     # --- small things

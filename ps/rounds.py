@@ -10,8 +10,8 @@ Rules
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from math import inf
 from typing import Any, TypeAlias
 
@@ -47,9 +47,14 @@ MAX_SESSION = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """Event: who can be invited, names by incarnation; whoever is not named is gone."""
+    """Event: who can be invited, names by incarnation; whoever is not named is gone.
+
+    Attributes:
+        metrics: names of what they can say, by incarnation.
+    """
 
     names: Mapping[int, str]
+    metrics: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +76,20 @@ class Unplaced:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """Event: no round begins until `Go`. One in which nothing was given away yet is abandoned."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Go:
+    """Event: rounds may begin again."""
+
+
+@dataclass(frozen=True, slots=True)
 class Concluded:
-    """Effect, for logs and reports: a session has ended.
+    """Effect, for logs and reports: a session has ended, and every shard knows it.
 
     Attributes:
         released: what was applied, or None if it was abandoned: then `why`.
@@ -84,7 +101,7 @@ class Concluded:
     why: str
 
 
-RoundsEvent: TypeAlias = Received | Tick | Workers | Placed | Unplaced
+RoundsEvent: TypeAlias = Received | Tick | Workers | Placed | Unplaced | Hold | Go
 RoundsEffect: TypeAlias = Say | Log | Concluded
 
 
@@ -98,6 +115,7 @@ class Rounds:
 
     Attributes:
         round: the number of the next one. completed: how many are. session: the one that is under way.
+        problem: why none can begin with those who are here, or an empty text.
     """
 
     def __init__(
@@ -115,7 +133,9 @@ class Rounds:
         self._recalling = False
         self._recalled: dict[int, Recalled] = {}
         self._not_before, self._pause = -inf, PAUSE
-        self._problem = ""
+        self.problem = self._held = ""
+        self._mean: float | None = None
+        self._metrics: Mapping[int, tuple[str, ...]] = {}
         self._concluded = False
         self._out: list[RoundsEffect] = []
         self._now = 0.0
@@ -131,7 +151,7 @@ class Rounds:
     @property
     def wake_at(self) -> float:
         """When the next `Tick` is wanted."""
-        idle = self.session is None and not self._recalling and not self._problem
+        idle = self.session is None and not self._recalling and not self.problem
         return min(
             self._repeats.wake_at,
             self.session.wake_at if self.session else inf,
@@ -143,12 +163,19 @@ class Rounds:
         match event:
             case Received(_, message):
                 self._received(message)
-            case Workers(names):
+            case Workers(names, metrics):
+                self._metrics = metrics
                 self._workers(names)
             case Placed():
                 self._place(event)
             case Unplaced():
                 self._place(None)
+            case Hold(why):
+                self._held = why
+                if self.session is not None and self.session.stage < Stage.MASKED:
+                    self.session.abandon(why, now)
+            case Go():
+                self._held = ""
             case Tick():
                 pass
         self._go_on()
@@ -161,7 +188,7 @@ class Rounds:
     def _workers(self, names: Mapping[int, str]) -> None:
         lost = self._names.keys() - names.keys()
         if self._names != names:
-            self._problem = ""
+            self.problem = ""
         self._names = dict(names)
         for incarnation in lost:
             if self.session is not None:
@@ -201,12 +228,18 @@ class Rounds:
 
     @property
     def _possible(self) -> bool:
-        return self._placed is not None and not self.done and self.recipe.cohort(len(self._names)) > 0
+        cohort = self.recipe.cohort(len(self._names))
+        return self._placed is not None and not self.done and not self._held and cohort > 0
+
+    @property
+    def idle(self) -> bool:
+        """Is nothing under way, and nothing owed to anybody?"""
+        return self.session is None and not self._recalling and not len(self._repeats)
 
     def _go_on(self) -> None:
         if self.session is not None:
             self._under_way(self.session)
-        if self.session is not None or self._recalling or len(self._repeats) or self._problem:
+        if self.session is not None or self._recalling or len(self._repeats) or self.problem:
             return
         if self._possible and self._now >= self._not_before:
             self._recall()
@@ -215,11 +248,12 @@ class Rounds:
         session.tick(self._now)
         self._out.extend(session.out)
         session.out.clear()
-        if session.stage >= Stage.RELEASED and not self._concluded:
+        if session.settled and not self._concluded:
             self._concluded = True
             self._out.append(Concluded(session.plan.round, session.number, session.result, session.why))
             if session.result is not None:
                 self.completed += 1
+                self._mean = session.result.weight * session.plan.reference / len(session.result.survivors)
             if session.result is not None or session.asked:
                 self.round = session.plan.round + 1
             self._not_before = self._now if session.result else self._now + self._pause
@@ -257,6 +291,7 @@ class Rounds:
         found = [self._recalled[shard] for shard in placed.incarnations]
         self._stop_recalling()
         applied = {each.last for each in found if each.state == APPLIED}
+        self.completed = max(self.completed, *(each.rounds for each in found))  # before a restart of this coordinator
         undecided = [each for each in found if each.state == READY]
         if not undecided:
             return self._begin(placed, model_digest(placed.layout, [bytes(each.buffers[0]) for each in found]))
@@ -269,12 +304,15 @@ class Rounds:
             self._out.append(Say(each.incarnation, self._repeats.put(each.incarnation, end, self._now)))
 
     def _begin(self, placed: Placed, model: bytes) -> None:
+        if not self._possible:  # they have left while the shards were asked
+            return
         cohort = self._draw(self.recipe.cohort(len(self._names)))
         try:
-            plan = self.recipe.plan(self.run, self.round, len(cohort), placed.sizes, placed.layout, model)
+            known = (self.run, self.round, len(cohort), placed.sizes, placed.layout, model)
+            plan = self.recipe.plan(*known, self._said_by(cohort), self._mean)
         except ConfigError as error:
-            if str(error) != self._problem:
-                self._problem = str(error)
+            if str(error) != self.problem:
+                self.problem = str(error)
                 self._out.append(Log("warning", f"a federated round cannot begin: {error}"))
             return
         self._concluded = False
@@ -283,6 +321,11 @@ class Rounds:
             self._number, plan, cohort, placed.incarnations, self._now, wanted, self.recipe.room, self._peers
         )
         self._under_way(self.session)
+
+    def _said_by(self, cohort: Iterable[int]) -> tuple[str, ...]:
+        """The metrics that all of these can say."""
+        names = [set(self._metrics.get(incarnation, ())) for incarnation in cohort]
+        return tuple(set.intersection(*names))
 
     def _draw(self, count: int) -> dict[int, str]:
         """So many of those who are here, each as likely as any other."""

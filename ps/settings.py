@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..protocol.layout import BLOCK_BYTES
+from .recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,3 +20,5 @@ class Settings:
     min_shards: int = 1
     block_bytes: int = BLOCK_BYTES
     insecure: bool = False
+    recipe: Recipe = field(default_factory=lambda: Recipe(measured=True))
+    """Of federated rounds."""

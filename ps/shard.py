@@ -8,7 +8,6 @@ Rules
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +45,6 @@ from ..protocol.messages import (
     Pull,
     Push,
     Refused,
-    Report,
     ShardJoin,
     ShardWelcome,
     Share,
@@ -58,11 +56,13 @@ from ..protocol.messages import (
 )
 from ..protocol.model import read_model
 from ..protocol.phases import Phases, at, needed, opens
+from .accumulator import KINDS, Accumulator, Apply
 from .answers import in_buffers
 from .clocks import Clocks
 from .early import Early
 from .inbox import Inbox, Verdict
 from .roster import Roster
+from .shard_status import answer, report
 from .shared import SharedMemory
 from .store import Misfit
 from .weights import Weights
@@ -85,26 +85,28 @@ class Shard:
     def __init__(self, incarnation: int, host: str, port: int, key: str = "", wall: float = 0.0) -> None:
         self.incarnation = incarnation
         self.counters: Counter[str] = Counter()
-        self.wake_at = 0.0
+        self.accumulator: Accumulator | None = None
+        """Of federated rounds, once there is a layout."""
+        self._wake_at = 0.0
         self._place = (host, port, key)
         self._wall, self._now = wall, 0.0
-        self._run = self._epoch = 0
-        self._index = -1
+        self.run = self.epoch = 0
+        self.index = -1
         self._shards = 0
         self._welcomed = False
         self._view: View | None = None
         self._roster = Roster()
-        self._weights: Weights | None = None
-        self._clocks = Clocks()
+        self.weights: Weights | None = None
+        self.clocks = Clocks()
         self._entered: set[int] = set()
         """Those in the view who were counted in here at least once."""
         self._unheard: set[int] = set()
         """Those of the first view who may run on elsewhere and have not said so here yet."""
-        self._opened = False
+        self.opened = False
         """Has the first clock begun?"""
         self._open_step = 0
         self._phases: Phases = ()
-        self._held_at: int | None = None
+        self.held_at: int | None = None
         """From this clock on no step is applied, while the next phase is agreed on (SPEC §6.5)."""
         self._inboxes: dict[int, Inbox] = {}
         self._routes: dict[int, Peer] = {}
@@ -116,6 +118,8 @@ class Shard:
     def handle(self, event: Received | Unreadable | Tick | Linked | Attached, now: float) -> list[Effect]:
         self._out, self._now = [], now
         match event:
+            case Received(peer, message) if type(message) in KINDS and self.accumulator is not None:
+                self._sum(event)
             case Received(peer, message):
                 table = _FROM_COORDINATOR if peer == COORDINATOR else _FROM_WORKERS
                 act = table.get(type(message))
@@ -133,27 +137,32 @@ class Shard:
                 known = event.offer.incarnation in self._inboxes
                 self._out.append(self._shared.attached(event, self.incarnation, known))
             case Tick():
-                pass
-        if now >= self.wake_at:
-            self.wake_at = now + (REPORT_EVERY if self._welcomed else RETRY)
+                if self.accumulator is not None:
+                    self._sum(event)
+        if now >= self._wake_at:
+            self._wake_at = now + (REPORT_EVERY if self._welcomed else RETRY)
             self._report() if self._welcomed else self._join()
         return self._out
+
+    @property
+    def wake_at(self) -> float:
+        return min(self._wake_at, self.accumulator.wake_at) if self.accumulator else self._wake_at
 
     # --- the coordinator's side
 
     def _join(self) -> None:
-        digest = self._weights.layout.digest if self._weights else ""
+        digest = self.weights.layout.digest if self.weights else ""
         who = (self.incarnation, *self._place)
-        self._send(COORDINATOR, ShardJoin(*who, self._index, self._shards, digest, self._phases))
+        self._send(COORDINATOR, ShardJoin(*who, self.index, self._shards, digest, self._phases))
 
     def _welcome(self, _: Peer, message: ShardWelcome) -> None:
         if message.incarnation != self.incarnation:
             return
-        if message.run != self._run:
-            self._run, self._epoch = message.run, 0
-        if message.index != self._index:
-            self._weights = None
-        self._index, self._welcomed = message.index, True
+        if message.run != self.run:
+            self.run, self.epoch = message.run, 0
+        if message.index != self.index:
+            self.weights = None
+        self.index, self._welcomed = message.index, True
         self._report()
 
     def _forgotten(self, _: Peer, message: Evicted) -> None:
@@ -162,43 +171,44 @@ class Shard:
         self._join()
 
     def _model(self, _: Peer, message: Model) -> None:
-        if message.run != self._run or (self._weights and self._weights.layout.digest == message.digest):
+        if message.run != self.run or (self.weights and self.weights.layout.digest == message.digest):
             return self._report()
         try:
             layout = lay_out(read_model(message.buffers[0]), message.shards, message.block_bytes)
         except (ProtocolError, ValueError) as error:
             self.counters["rejected.malformed"] += 1
             return self._log("error", f"the coordinator sent a model that cannot be read: {error}")
-        if layout.digest != message.digest or not 0 <= self._index < layout.shards:
+        if layout.digest != message.digest or not 0 <= self.index < layout.shards:
             self._log(
                 "error", "this shard computes another layout than the coordinator; are the versions of shoal the same?"
             )
             return
-        self._weights, self._shards = Weights(layout, self._index), layout.shards
+        self.weights, self._shards = Weights(layout, self.index), layout.shards
+        self.accumulator = Accumulator(self.incarnation, self.weights.elements, self.weights.digest)
         self._settle()
         self._report()
 
     @property
-    def _filled(self) -> bool:
-        return self._weights is not None and self._weights.filled
+    def filled(self) -> bool:
+        return self.weights is not None and self.weights.filled
 
     def _new_view(self, _: Peer, view: View) -> None:
-        if view.run != self._run or view.epoch <= self._epoch or not view.phases:
+        if view.run != self.run or view.epoch <= self.epoch or not view.phases:
             return self._report()
         first, before = self._view is None, self._view
-        self._view, self._epoch = view, view.epoch
-        if not self._phases or view.phases[-1].clock > self._phases[-1].clock or not self._filled:
+        self._view, self.epoch = view, view.epoch
+        if not self._phases or view.phases[-1].clock > self._phases[-1].clock or not self.filled:
             self._phases = view.phases  # else a restarted coordinator hears of ours when we join it
-        if view.held != (self._held_at is not None):
-            self._held_at = self._clocks.highest if view.held else None
+        if view.held != (self.held_at is not None):
+            self.held_at = self.clocks.highest if view.held else None
         self._roster.update(view.members)
-        for gone in [known for known in {*self._inboxes, *dict(self._clocks.items())} if known not in self._roster]:
+        for gone in [known for known in {*self._inboxes, *dict(self.clocks.items())} if known not in self._roster]:
             self._drop(gone)
         if first:  # a restarted shard: some may be counted in elsewhere, nobody knows at which clock (SPEC §6.1.5)
             self._unheard = {member.incarnation for member in view.members if member.registered}
         self._unheard.intersection_update(self._roster)
-        if self._weights and not self._filled and (before is None or before.filler != view.filler):
-            self._weights.restart_filling()
+        if self.weights and not self.filled and (before is None or before.filler != view.filler):
+            self.weights.restart_filling()
         self._open()
         for peer, incarnation in self._early.admit(view):
             self._greet(peer, incarnation)
@@ -207,49 +217,30 @@ class Shard:
 
     def _open(self) -> None:
         """The first clock begins when a quorum is counted in, and everybody has been heard (SPEC §6.1.4, §6.1.5)."""
-        if self._opened or self._unheard or self._view is None:
+        if self.opened or self._unheard or self._view is None:
             return
         if len(self._entered) >= self._view.quorum:
-            self._opened = True
-            self._clocks.release()
+            self.opened = True
+            self.clocks.release()
             self._report()
 
     def _drop(self, incarnation: int) -> None:
         for held in (self._inboxes, self._pulls, self._routes):
             held.pop(incarnation, None)
         self._shared.drop(incarnation)
-        if self._weights:
-            self._weights.leave(incarnation)
+        if self.weights:
+            self.weights.leave(incarnation)
         self._entered.discard(incarnation)
-        self._clocks.leave(incarnation)
+        self.clocks.leave(incarnation)
 
     def _report(self) -> None:
         if self._welcomed:
-            digest = self._weights.layout.digest if self._weights else ""
-            if self._weights:
-                self.counters |= self._weights.counters
-            counters = tuple((name, float(value)) for name, value in sorted(self.counters.items()))
-            self._send(
-                COORDINATOR,
-                Report(
-                    self.incarnation,
-                    self._run,
-                    self._epoch,
-                    digest,
-                    self._filled,
-                    self._opened or (self._weights is not None and not len(self._weights.store)),
-                    self._clocks.min,
-                    self._held_at is not None,
-                    self._clocks.highest,
-                    self._clocks.items(),
-                    counters,
-                ),
-            )
+            self._send(COORDINATOR, report(self))
 
     # --- getting to know a worker
 
     def _hello(self, peer: Peer, message: Hello) -> None:
-        newer = message.run != self._run or message.epoch > self._epoch  # epochs of two runs say nothing of each other
+        newer = message.run != self.run or message.epoch > self.epoch  # epochs of two runs say nothing of each other
         if newer and message.incarnation not in self._roster:
             return self._early.wait(peer, message)
         self._greet(peer, message.incarnation)
@@ -259,7 +250,7 @@ class Shard:
             return self._send(peer, Evicted(incarnation))
         self._inboxes.setdefault(incarnation, Inbox())
         self._routes.setdefault(incarnation, peer)
-        self._send(peer, Greeting(incarnation, self.incarnation, max(self._index, 0)))
+        self._send(peer, Greeting(incarnation, self.incarnation, max(self.index, 0)))
 
     def _known(self, peer: Peer, incarnation: int, shard: int) -> Inbox | None:
         """The worker's inbox; if it has none here, it is told why (SPEC §3.2)."""
@@ -284,9 +275,9 @@ class Shard:
         verdict = inbox.take(operation)
         if verdict is Verdict.QUEUED:
             self.counters["bytes_in"] += payload_bytes(operation)
-            before = (self._clocks.min, self._filled, self._opened)  # nothing else of a worker's concerns another's
+            before = (self.clocks.min, self.filled, self.opened)  # nothing else of a worker's concerns another's
             self._drain(incarnation, inbox)
-            if before != (self._clocks.min, self._filled, self._opened):
+            if before != (self.clocks.min, self.filled, self.opened):
                 self._settle()
             else:
                 self._answer(incarnation)
@@ -298,7 +289,7 @@ class Shard:
         inbox = self._inboxes[incarnation]
         self._send(
             self._routes[incarnation],
-            Ack(incarnation, self.incarnation, inbox.applied, gap, self._clocks.min, tuple(inbox.refusals)),
+            Ack(incarnation, self.incarnation, inbox.applied, gap, self.clocks.min, tuple(inbox.refusals)),
         )
 
     def _drain(self, incarnation: int, inbox: Inbox) -> bool:
@@ -324,12 +315,12 @@ class Shard:
         """A filling waits for the model and the view that asks for it; in sync mode a push of a later step waits for its step."""
         match operation:
             case Fill():
-                return self._weights is None or operation.epoch > self._epoch
+                return self.weights is None or operation.epoch > self.epoch
             case Push(incarnation, clock=clock):
-                if self._held_at is not None and clock >= self._held_at:
+                if self.held_at is not None and clock >= self.held_at:
                     return True
                 first = clock if self._sync(clock) else opens(self._phases, clock)
-                return incarnation in self._clocks and self._open_step < first
+                return incarnation in self.clocks and self._open_step < first
             case _:
                 return False
 
@@ -342,18 +333,18 @@ class Shard:
             case Push():
                 self._push(operation)
             case Enter(incarnation):
-                self._clocks.enter(incarnation, reached=operation.clock)
+                self.clocks.enter(incarnation, reached=operation.clock)
                 self._counted_in(incarnation)
             case Start(incarnation):
-                if incarnation not in self._clocks:
-                    self._clocks.enter(incarnation, operation.clock)
-                self._clocks.reach(incarnation, operation.clock)
+                if incarnation not in self.clocks:
+                    self.clocks.enter(incarnation, operation.clock)
+                self.clocks.reach(incarnation, operation.clock)
                 self._counted_in(incarnation)
             case Pause(incarnation):
-                self._clocks.leave(incarnation, operation.clock)
+                self.clocks.leave(incarnation, operation.clock)
                 self._counted_in(incarnation)  # once it was, here or at an earlier life of this shard
-                if self._weights:
-                    self._weights.leave(incarnation)
+                if self.weights:
+                    self.weights.leave(incarnation)
             case Fill():
                 self._fill(operation)
 
@@ -363,45 +354,45 @@ class Shard:
         self._open()
 
     def _fill(self, fill: Fill) -> None:
-        if self._weights is None:
+        if self.weights is None:
             raise Misfit("unfilled", "no model is registered")
-        if self._weights.filled or self._view is None or fill.incarnation != self._view.filler:
+        if self.weights.filled or self._view is None or fill.incarnation != self._view.filler:
             return
-        self._weights.fill(fill)
-        if self._weights.filled:
+        self.weights.fill(fill)
+        if self.weights.filled:
             self._report()
 
     def _push(self, push: Push) -> None:
-        clock = self._clocks.get(push.incarnation)
+        clock = self.clocks.get(push.incarnation)
         try:
-            if self._weights is not None:
-                self._weights.check(push)
+            if self.weights is not None:
+                self.weights.check(push)
             if push.blocks:
                 self._gradients(push, clock)
-            if push.advance and clock == push.clock and self._weights is not None and not self._sync(clock):
-                self._weights.apply_held(push, len(self._clocks))
+            if push.advance and clock == push.clock and self.weights is not None and not self._sync(clock):
+                self.weights.apply_held(push, len(self.clocks))
         except Exception:
-            if self._weights is not None and clock == push.clock and (self._sync(push.clock) or push.held):
-                self._weights.spoil(push.incarnation)
+            if self.weights is not None and clock == push.clock and (self._sync(push.clock) or push.held):
+                self.weights.spoil(push.incarnation)
             raise
         finally:  # a refused gradient must not hold the worker's clock, and with it everybody
             if push.advance and clock == push.clock:
-                if self._weights is not None and self._sync(push.clock):
-                    self._weights.contribute(push, self._roster.rank(push.incarnation))
-                elif self._weights is not None:
-                    self._weights.drop(push.incarnation)
-                self._clocks.reach(push.incarnation, push.clock + 1)
+                if self.weights is not None and self._sync(push.clock):
+                    self.weights.contribute(push, self._roster.rank(push.incarnation))
+                elif self.weights is not None:
+                    self.weights.drop(push.incarnation)
+                self.clocks.reach(push.incarnation, push.clock + 1)
 
     def _gradients(self, push: Push, clock: int | None) -> None:
-        if self._weights is None:
+        if self.weights is None:
             raise Misfit("unfilled", "no model is registered")
         if push.region:  # what is kept is copied: it is needed longer than the region is ours
-            push = self._shared.brought_in(push, self._weights, copy=self._keeps(push))
+            push = self._shared.brought_in(push, self.weights, copy=self._keeps(push))
             self.counters["bytes_shared_in"] += payload_bytes(push)
         if not self._keeps(push):
-            self._weights.apply(push, len(self._clocks))
+            self.weights.apply(push, len(self.clocks))
         elif clock == push.clock:
-            self._weights.collect(push)
+            self.weights.collect(push)
         else:
             raise Misfit("clock", f"a push of step {push.clock} from a worker at {clock}")
 
@@ -409,16 +400,26 @@ class Shard:
         """Are its gradients needed longer than the push lasts?"""
         return self._sync(push.clock) or (push.held and not push.advance)
 
+    # --- federated rounds (SPEC §14)
+
+    def _sum(self, event: Received | Tick) -> None:
+        assert self.accumulator is not None and self.weights is not None
+        for effect in self.accumulator.handle(event, self._now):
+            if isinstance(effect, Apply):
+                self.weights.add(effect.update)
+            else:
+                self._out.append(effect)
+
     # --- pulls (SPEC §6.2, §6.4)
 
     def _settle(self) -> None:
         """The least clock, the members or the filling have changed: do what that allows."""
         moved = True
         while moved:
-            if self._open_step < self._clocks.min:
-                averaged, self._open_step = self._sync(self._open_step), self._clocks.min
-                if averaged and self._weights is not None:
-                    self._close_step(self._weights)
+            if self._open_step < self.clocks.min:
+                averaged, self._open_step = self._sync(self._open_step), self.clocks.min
+                if averaged and self.weights is not None:
+                    self._close_step(self.weights)
             moved = False
             for incarnation, inbox in self._inboxes.items():
                 if len(inbox) and self._drain(incarnation, inbox):
@@ -448,7 +449,7 @@ class Shard:
 
     def _answer(self, incarnation: int) -> None:
         parked = self._pulls.get(incarnation)
-        if not parked or not self._filled or not self._opened:
+        if not parked or not self.filled or not self.opened:
             return
         for request, pull in list(parked.items()):
             if self._inboxes[incarnation].applied >= pull.after and self._within(incarnation, pull.clock):
@@ -460,27 +461,27 @@ class Shard:
     def _within(self, incarnation: int, clock: int) -> bool:
         """The staleness rule."""
         bound = needed(self._phases, clock)
-        return self._clocks.min >= bound or (incarnation not in self._clocks and not self._sync(clock))
+        return self.clocks.min >= bound or (incarnation not in self.clocks and not self._sync(clock))
 
     def _values(self, pull: Pull) -> None:
-        assert self._weights is not None
-        store, peer = self._weights.store, self._routes[pull.incarnation]
+        assert self.weights is not None
+        store, peer = self.weights.store, self._routes[pull.incarnation]
         if any(block not in store for block in pull.blocks):
             self.counters["rejected.malformed"] += 1
             return self._send(peer, Refused(pull.request, "shape", "a block that is not on this shard"))
-        shown = self._shared.answer(pull, self.incarnation, self._weights, self._clocks.min)
-        if not self._sync(pull.clock) and pull.incarnation in self._clocks:
-            self._weights.read(pull.incarnation, pull.blocks, shown.version if shown else store.version)
+        shown = self._shared.answer(pull, self.incarnation, self.weights, self.clocks.min)
+        if not self._sync(pull.clock) and pull.incarnation in self.clocks:
+            self.weights.read(pull.incarnation, pull.blocks, shown.version if shown else store.version)
         if shown:
             return self._send(peer, shown)
-        self._out.append(Stream(peer, in_buffers(pull, self.incarnation, store, self._clocks.min, self.counters)))
+        self._out.append(Stream(peer, in_buffers(pull, self.incarnation, store, self.clocks.min, self.counters)))
 
     # --- sharing memory (SPEC §11)
 
     def _share(self, peer: Peer, offer: Share) -> None:
-        if self._known(peer, offer.incarnation, offer.shard) is None or self._weights is None:
+        if self._known(peer, offer.incarnation, offer.shard) is None or self.weights is None:
             return  # without the model nobody can say what it should be; the offer is repeated
-        self._out.append(self._shared.offered(peer, offer, self.incarnation, self._weights.layout))
+        self._out.append(self._shared.offered(peer, offer, self.incarnation, self.weights.layout))
 
     def _unshare(self, peer: Peer, message: Unshare) -> None:
         self._shared.drop(message.incarnation, message.region)
@@ -489,27 +490,17 @@ class Shard:
         inbox = self._known(peer, message.incarnation, message.shard)
         if inbox is None:
             return
-        slowest = self._clocks.slowest()
-        name, clock = (self._roster.name(slowest), self._clocks.get(slowest) or 0) if slowest is not None else ("", 0)
+        slowest = self.clocks.slowest()
+        name, clock = (self._roster.name(slowest), self.clocks.get(slowest) or 0) if slowest is not None else ("", 0)
         self._ack(message.incarnation)
         parked = tuple(self._pulls.get(message.incarnation, ()))
-        life = (message.incarnation, self.incarnation, inbox.received, self._clocks.min)
-        self._send(peer, Alive(*life, name, clock, self._filled, parked))
+        life = (message.incarnation, self.incarnation, inbox.received, self.clocks.min)
+        self._send(peer, Alive(*life, name, clock, self.filled, parked))
 
     # --- status
 
     def _inquire(self, peer: Peer, message: Inquire) -> None:
-        state = {
-            "role": "shard",
-            "index": self._index,
-            "epoch": self._epoch,
-            "filled": self._filled,
-            "min_clock": self._clocks.min,
-            "blocks": len(self._weights.store) if self._weights else 0,
-            "bytes": self._weights.store.nbytes if self._weights else 0,
-            "counters": dict(self.counters),
-        }
-        self._send(peer, Answer(message.request, self._wall + self._now, (json.dumps(state).encode(),)))
+        self._send(peer, Answer(message.request, self._wall + self._now, (answer(self),)))
 
     def _echo(self, peer: Peer, message: Echo) -> None:
         self._send(peer, Echoed(message.request, message.buffers))
@@ -526,9 +517,9 @@ class Shard:
     def check(self) -> None:
         """The invariants; tests call it after every event."""
         assert set(self._pulls) <= set(self._inboxes) <= set(self._routes)
-        assert all(clock >= self._clocks.min for _, clock in self._clocks.items())
-        assert {known for known, _ in self._clocks.items()} <= set(self._roster)
-        if self._filled and self._opened:
+        assert all(clock >= self.clocks.min for _, clock in self.clocks.items())
+        assert {known for known, _ in self.clocks.items()} <= set(self._roster)
+        if self.filled and self.opened:
             for incarnation, parked in self._pulls.items():
                 for pull in parked.values():
                     late = self._inboxes[incarnation].applied < pull.after

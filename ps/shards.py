@@ -87,6 +87,11 @@ class Shards:
         return tuple(index for index, held in sorted(self._held.items()) if index < self.fixed and not held.filled)
 
     @property
+    def counted(self) -> int:
+        """How many workers are counted in, at the shard that knows of most."""
+        return max((len(held.clocks) for index, held in self._held.items() if index < self.fixed), default=0)
+
+    @property
     def floor(self) -> int:
         """The least clock at any shard that has blocks."""
         return min((held.floor for i, held in self._held.items() if i < self.fixed and i not in self.idle), default=0)

@@ -34,6 +34,7 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
         "security": "none" if c.settings.insecure else ("curve" if any(s.place.key for s in shards) else "loopback"),
         "insecure": c.settings.insecure,
         "epoch": c.epoch,
+        "rounds": _rounds(c),
         "seconds": round(c.now - c.opened_at, 3) if c.opened_at is not None else 0.0,
         "waiting_for": _waiting_for(c),
         "model": _model(c),
@@ -69,7 +70,30 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
         ],
         "totals": totals,
         "rejected": _rejected(c),
-        "logged": {name: plain(value) for name, value in c.logged.items()},
+        "logged": {name: plain(value) for name, value in (c.logged | c.federation.said).items()},
+    }
+
+
+def _rounds(c: Coordinator) -> dict[str, Any]:
+    f, session = c.federation, c.federation.rounds.session
+    last = f.last
+    return {
+        "protection": c.settings.recipe.protection,
+        "completed": f.rounds.completed,
+        "wanted": c.settings.recipe.rounds or 0,
+        "abandoned": f.abandoned,
+        "workers": f.workers,
+        "stage": session.stage.name.lower() if session else "",
+        "waiting_for": f.why if c.modes.now.mode == "federated" and not f.rounds.done else "",
+        "last": None
+        if last is None
+        else {
+            "round": last.round,
+            "clients": len(last.released.survivors) if last.released else 0,
+            "capped": last.released.capped if last.released else 0,
+            "clipped": last.released.clipped if last.released else 0,
+            "abandoned_because": last.why,
+        },
     }
 
 
@@ -124,11 +148,11 @@ def _worker(life: Life, now: float) -> dict[str, Any]:
 
 
 def _model(c: Coordinator) -> dict[str, Any] | None:
-    if c.spec is None:
+    if c.registration.spec is None:
         return None
     return {
-        "tensors": len(c.spec.tensors),
-        "bytes": c.spec.total_bytes,
+        "tensors": len(c.registration.spec.tensors),
+        "bytes": c.registration.spec.total_bytes,
         "shards": c.shards.fixed,
         "layout": c.shards.digest,
         "filled": not c.shards.unfilled,

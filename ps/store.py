@@ -172,6 +172,16 @@ class Store:
         if len(held.updates) >= 2 * MOST_COUNTED:
             del held.updates[:-MOST_COUNTED]
 
+    def add(self, block: int, delta: torch.Tensor) -> None:
+        """Add to a block's values, whatever its rule."""
+        held = self._held[block]
+        self._about_to_change(held)
+        held.weights.add_(delta.to(held.weights.dtype))
+        self._changed(held)
+
+    def elements(self, block: int) -> int:
+        return self._held[block].block.elements
+
     def updates_since(self, block: int, version: int) -> int:
         """How many updates of a block came after `version`: at most `MOST_COUNTED`."""
         updates = self._held[block].updates

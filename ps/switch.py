@@ -87,28 +87,30 @@ class Modes:
             return "mode", f"a staleness of {then.staleness:g}; it is 0, 1, 2, … or inf"
         if self._next not in (None, then):
             return "busy", "another change is under way"
-        if self._next is None and shards.fixed and shards.floor < self.now.clock:
+        resting = self.now.mode == "federated" and not shards.counted  # what is done there waits for no clock
+        if self._next is None and shards.fixed and shards.floor < self.now.clock and not resting:
             return "early", f"the last change is not over: not everybody has reached clock {self.now.clock} yet"
         return "", ""
 
-    def agree(self, shards: Shards) -> Verdict:
-        """The new phase has a clock now, if every shard of the layout has said how far it is and holds."""
-        reached = shards.reached(self._asked_in) if self._next else None
+    def agree(self, shards: Shards, idle: bool = True) -> Verdict:
+        """The new phase has a clock now, if every shard of the layout has said how far it is and holds, and rounds are `idle`."""
+        reached = shards.reached(self._asked_in) if self._next and idle else None
         if self._next is None or reached is None:
             return NOTHING
         then = Phase(max(reached, self.now.clock) + 1, self._next.mode, self._next.staleness)
         self.phases, self._next = (self.now, then), None
         told = tuple((peer, _switched(request, then)) for peer, request in self._asking.items())
         self._asking.clear()
-        bound = "" if then.mode == "sync" else f", staleness {then.staleness:g}"
+        bound = f", staleness {then.staleness:g}" if then.mode == "async" else ""
         return Verdict(True, told, f"mode {then.mode}{bound}, from clock {then.clock} on")
 
     def give_up(self, shards: Shards, now: float) -> Verdict:
         """A change that takes too long is off: a shard is dead, or silent."""
         if self._next is None or now - self._asked_at < self._patience:
             return NOTHING
-        late = ", ".join(map(str, shards.unready(self._asked_in))) or "?"
-        text = f"no change to {self._next.mode}: shard {late} has not confirmed it in {self._patience:g} s"
+        late = ", ".join(map(str, shards.unready(self._asked_in)))
+        cause = f"shard {late} has not confirmed it in" if late else "a round was not over after"
+        text = f"no change to {self._next.mode}: {cause} {self._patience:g} s"
         self._next = None
         told = tuple((peer, Refused(request, "busy", text)) for peer, request in self._asking.items())
         self._asking.clear()

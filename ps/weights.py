@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import inf
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from ..protocol.frames import payload_bytes
 from ..protocol.layout import Layout
 from ..protocol.messages import Fill, Push
 from ..protocol.schema import Buffer
+from ..protocol.session import blocks_digest
 from .answers import PART_BYTES
 from .averaging import StepAverage
 from .rules import Ranges
@@ -68,6 +70,24 @@ class Weights:
         """For the report."""
         found = Counter({f"stale.{tau}": pushes for tau, pushes in self.staleness.items()})
         return found | Counter({"updates": self.updates, "uncompensated": self.remedy.uncompensated})
+
+    @property
+    def elements(self) -> int:
+        """Of all blocks."""
+        return sum(map(self.store.elements, self.store.blocks))
+
+    def digest(self) -> bytes:
+        """Of the values as they are now (SPEC §14.4)."""
+        return blocks_digest(map(self.store.snapshot, self.store.blocks))
+
+    def add(self, update: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+        """The average of a federated round, over all blocks in order."""
+        start = 0
+        for block in self.store.blocks:
+            stop = start + self.store.elements(block)
+            self.store.add(block, torch.from_numpy(update[start:stop]))
+            start = stop
+        self.updates += 1
 
     def restart_filling(self) -> None:
         """Another worker fills from now on: what the one before had sent does not count."""

@@ -17,17 +17,19 @@ import numpy as np
 from simnet import Faults, Node, Sim
 
 from shoal.protocol.effects import COORDINATOR, Linked, Log, Received, Send
+from shoal.protocol.join import CLEAR
 from shoal.protocol.messages import Hello
 from shoal.protocol.secure.fixed import UNIFORM, ratio
 from shoal.protocol.secure.keys import Identity
-from shoal.protocol.secure.plan import CLEAR, Plan, Policy
+from shoal.protocol.secure.plan import Plan, Policy
 from shoal.protocol.session import blocks_digest, model_digest
 from shoal.ps.accumulator import Accumulator, Apply
 from shoal.ps.recipe import Recipe
 from shoal.ps.round import Say, Session, Stage
 from shoal.ps.rounds import Concluded, Placed, Rounds, Workers
-from shoal.worker.round import Input, Invited, Over, Remember, RoundClient, Trained
-from shoal.worker.round import Shards as ShardsAre
+from shoal.worker.parley import Input, Invited, Over, Remember, Trained
+from shoal.worker.parley import Shards as ShardsAre
+from shoal.worker.round import RoundClient
 
 LAYOUT = bytes(range(32))
 SHARD = 1 << 20

@@ -26,7 +26,8 @@ from shoal.protocol.secure.keys import Identity
 from shoal.protocol.secure.plan import Plan, Policy
 from shoal.protocol.session import SEALED_BYTES, Advert, Members, pack_roster, read_advert
 from shoal.ps.recipe import Recipe
-from shoal.worker.round import Input, Over, Phase, RoundClient, Shards, Trained
+from shoal.worker.parley import Input, Over, Shards, Trained
+from shoal.worker.round import Phase, RoundClient
 
 MODEL = bytes([7]) * 32
 ELEMENTS = 6

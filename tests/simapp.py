@@ -407,11 +407,11 @@ class Cluster:
             self._phase(self.coordinator.modes.now)
         live, now = self._live, self.sim.now
         for shard in self.shards():
-            if shard._filled and self._filled.get(shard._index) != shard.incarnation:
-                if shard._index in self._filled:
-                    values = self.fillings[shard._view.filler, shard._index]
-                    self.history.refilled[shard._index].append((now, {i for i, v in enumerate(values) if v}))
-                self._filled[shard._index] = shard.incarnation
+            if shard.filled and self._filled.get(shard.index) != shard.incarnation:
+                if shard.index in self._filled:
+                    values = self.fillings[shard._view.filler, shard.index]
+                    self.history.refilled[shard.index].append((now, {i for i, v in enumerate(values) if v}))
+                self._filled[shard.index] = shard.incarnation
         for app in self.apps.values():
             core = app.core
             if core.fleet.running and core.incarnation in live:
@@ -454,10 +454,10 @@ class Cluster:
     def final_values(self) -> dict[int, list[float]]:
         found = {}
         for shard in self.shards():
-            if shard._weights is not None and shard._weights.filled:
-                store = shard._weights.store
+            if shard.weights is not None and shard.weights.filled:
+                store = shard.weights.store
                 (block,) = store.blocks
-                found[shard._index] = np.frombuffer(store.snapshot(block), np.float32).tolist()
+                found[shard.index] = np.frombuffer(store.snapshot(block), np.float32).tolist()
         return found
 
     def shards(self) -> list[Shard]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from shoal.protocol.effects import COORDINATOR, Received, Send, Tick
+from shoal.protocol.join import CLEAR
 from shoal.protocol.messages import Hello, Refused
 from shoal.protocol.rounds import (
     APPLIED,
@@ -29,7 +30,6 @@ from shoal.protocol.rounds import (
 )
 from shoal.protocol.secure.fixed import UNIFORM, Quantiser, auxiliary
 from shoal.protocol.secure.masks import AUXILIARY, Masks
-from shoal.protocol.secure.plan import CLEAR
 from shoal.protocol.session import PIECE, Slice
 from shoal.ps.accumulator import Accumulator, Apply
 from shoal.ps.recipe import Recipe

@@ -117,7 +117,7 @@ def test_help_shows_examples(command: list[str], tmp_path: Path) -> None:
         (["run", "missing.py"], 66, "there is no script 'missing.py'"),
         (["run", "."], 66, "is not a file"),
         (["run", "--staleness", "-2", "x.py"], 64, "--staleness is '-2': must be 0"),
-        (["run", "--mode", "federated", "x.py"], 64, "federated rounds are not part of this version"),
+        (["run", "--mode", "federated", "x.py"], 78, "2 workers cannot make a round in which"),
         (["run", "--lease", "soon", "x.py"], 64, "must be a duration such as 15s"),
         (["run", "--report", "no/such/folder/r.json", "x.py"], 78, "no file can be written there"),
         (["server", "--port", "70000"], 64, "must be from 0 to 65535"),

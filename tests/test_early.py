@@ -124,7 +124,7 @@ def test_what_is_held_goes_with_its_worker() -> None:
     bench.view((1,))
     bench.push(1, 0, held=True)
     assert [0.0, 0.0] == bench.weights
-    assert {} == bench.core._weights._held  # type: ignore[union-attr]
+    assert {} == bench.core.weights._held  # type: ignore[union-attr]
 
 
 # --- training

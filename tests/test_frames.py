@@ -57,6 +57,7 @@ OF_KIND: dict[Any, st.SearchStrategy[Any]] = {
     m.Places: several(st.builds(m.Place, u32, u64, text, u32, text)),
     rounds.Incarnations: several(u64),
     rounds.State: st.integers(0, 2),
+    rounds.Names: several(text),
     m.Members: several(st.builds(m.Member, u64, text, st.booleans())),
     m.Phases: several(st.builds(m.Phase, st.integers(0, 2**63 - 1), text, real), most=2),
 }
@@ -362,7 +363,7 @@ def test_the_specification_lists_these_messages() -> None:
     """SPEC §7 and the code agree on every message's number, its fields in order, their kinds, and whether it has buffers."""
     kinds = {"inc": schema.U64, "u32": schema.U32, "u63": schema.U63, "u64": schema.U64, "i64": schema.I64}
     kinds |= {"f": schema.Real, "flag": schema.Flag, "[u32]": schema.Indices}
-    kinds |= {"[[text,": schema.Numbers, "incs": rounds.Incarnations, "s2": rounds.State}
+    kinds |= {"[[text,": schema.Numbers, "incs": rounds.Incarnations, "s2": rounds.State, "[text]": rounds.Names}
     kinds |= {"c3": schema.PullCodec, "c4": schema.PushCodec}
     rows_ = spec_rows()
 

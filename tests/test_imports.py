@@ -32,8 +32,15 @@ MAY_KNOW = {
 ONLY = {
     "zmq": {"ps/loop.py", "ps/zap.py", "ps/__main__.py", "worker/loop.py", "worker/wires.py", "launch/keys.py"},
     "threading": {"worker/loop.py", "worker/exchange.py", "worker/finite.py"},
-    "time": {"ps/loop.py", "ps/__main__.py", "worker/loop.py", "worker/client.py", "worker/exchange.py"},
-    "socket": {"worker/client.py", "worker/greeting.py"},
+    "time": {
+        "ps/loop.py",
+        "ps/__main__.py",
+        "worker/loop.py",
+        "worker/client.py",
+        "worker/data.py",
+        "worker/exchange.py",
+    },
+    "socket": {"worker/address.py", "worker/client.py", "worker/greeting.py"},
     "random": set(),
     "asyncio": set(),
     "subprocess": set(),

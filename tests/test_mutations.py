@@ -54,8 +54,8 @@ class Forgetful(Shard):
             inbox = self._inboxes.get(event.message.incarnation)
             again = inbox is not None and event.message.seq <= inbox.applied and event.message.shard == self.incarnation
         effects = super().handle(event, now)
-        if again and self._weights is not None and self._weights.filled:
-            self._weights.apply(event.message, 1)
+        if again and self.weights is not None and self.weights.filled:
+            self.weights.apply(event.message, 1)
         return effects
 
 
@@ -120,8 +120,8 @@ class Unready(Shard):
     """What left early is forgotten."""
 
     def _push(self, push: Push) -> None:
-        if self._weights is not None and push.advance:
-            self._weights._held.clear()
+        if self.weights is not None and push.advance:
+            self.weights._held.clear()
         super()._push(push)
 
 

@@ -143,7 +143,7 @@ def test_an_offer_is_tried_and_answered() -> None:
     said = only(m.Shared, bench.hear(peer_of(1), m.Share(1, SHARD, 99, 2, 3, bench.plan.size, (bytes(32),))))
     assert "16 regions" in said.why
 
-    bench.core._weights = None
+    bench.core.weights = None
     assert [] == bench.hear(peer_of(1), m.Share(1, SHARD, 77, 2, 3, bench.plan.size, (bytes(32),)))
 
 

@@ -22,6 +22,7 @@ def status(**changed: Any) -> dict[str, Any]:
         "workers": [{"name": "a"}, {"name": "b"}, {"name": "a"}], "shards": [{}, {}],
         "data": [{"completed": 6, "lost": 1, "re_leased": 1}, {"completed": 4, "lost": 0, "re_leased": 0}],
         "logged": {"loss": 0.123456789, "diverged": None},
+        "rounds": {"protection": "clear", "completed": 3, "abandoned": 1},
     }  # fmt: skip
     return found | changed
 
@@ -35,6 +36,7 @@ def test_a_report_says_what_was_done() -> None:
         "bytes": 5_003_000, "bytes_pushed": 3000, "bytes_pulled": 5_000_000, "staleness_histogram": {"0": 30, "1": 70},
         "completed_partitions": 10, "lost_partitions": 1, "re_leased_partitions": 1, "lost_workers": 0, "skipped_steps": 0,
         "retries": 4, "rejected": {}, "insecure": False, "logged": {"loss": 0.123456789, "diverged": None},
+        "rounds": {"protection": "clear", "completed": 3, "abandoned": 1},
     } == report  # fmt: skip
     assert (
         0.0 == summarise(status(seconds=0.0))["steps_per_second"]
@@ -53,6 +55,7 @@ def test_rows_for_people() -> None:
         ("loss", "0.123457"),
         ("diverged", "nan"),
     ] == rows(summarise(status()))
+    assert ("mode", "federated, clear, 3 rounds complete, 1 abandoned") == rows(summarise(status(mode="federated")))[0]
 
 
 def test_what_went_wrong_has_a_row() -> None:

@@ -28,7 +28,8 @@ from shoal.protocol.rounds import (
     Unmask,
     Withdraw,
 )
-from shoal.worker.round import Lost, Phase, Remember
+from shoal.worker.parley import Lost, Remember
+from shoal.worker.round import Phase
 
 
 def test_an_honest_server_is_served() -> None:

@@ -15,6 +15,7 @@ from roundtable import ELEMENTS, SESSION, Table, opened, plan_for
 
 from shoal.protocol.effects import COORDINATOR, Received, Tick
 from shoal.protocol.errors import ConfigError, ProtectionError, RoundClosed
+from shoal.protocol.join import CLEAR
 from shoal.protocol.rounds import (
     Abandoned,
     Advertise,
@@ -31,11 +32,12 @@ from shoal.protocol.rounds import (
     Withdraw,
 )
 from shoal.protocol.secure.keys import Identity, Pair
-from shoal.protocol.secure.plan import CLEAR, Policy
+from shoal.protocol.secure.plan import Policy
 from shoal.protocol.secure.shares import SHARE_BYTES
 from shoal.protocol.session import Advert, Members, consent, pack_roster
 from shoal.ps.recipe import Recipe
-from shoal.worker.round import Invited, Over, Phase, RoundClient
+from shoal.worker.parley import Invited, Over
+from shoal.worker.round import Phase, RoundClient
 
 # --- 1: both secrets of one member
 

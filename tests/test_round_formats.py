@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.protocol.errors import ConfigError, ProtocolError
+from shoal.protocol.join import CLEAR
 from shoal.protocol.repeats import Repeats, note
 from shoal.protocol.rounds import Abandoned, Arrived, Noted, Recall
-from shoal.protocol.secure.plan import CLEAR
 from shoal.protocol.session import (
     ALIGN,
     Advert,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from roundnet import RoundNet
 
+from shoal.protocol.join import CLEAR
 from shoal.protocol.messages import Refused
 from shoal.protocol.rounds import (
     Advertise,
@@ -24,10 +25,9 @@ from shoal.protocol.rounds import (
     Withdraw,
 )
 from shoal.protocol.secure.keys import Pair
-from shoal.protocol.secure.plan import CLEAR
 from shoal.protocol.session import SEALED_BYTES, Advert, read_roster
 from shoal.ps.recipe import Recipe
-from shoal.ps.round import Session, Stage
+from shoal.ps.round import LINGER, Session, Stage
 
 SHARDS = (800, 801)
 NUMBER = 31
@@ -195,7 +195,12 @@ def test_in_the_clear_there_is_nothing_to_unmask() -> None:
     assert Stage.FINISH == room.session.stage
     said = room.say(Finished, 801, True, "", 5.0, 0, 0, ())
     assert Stage.RELEASED == room.session.stage
-    assert {800, 801, 1, 2, 3, 4, 5} == {each.incarnation for each in said if isinstance(each, Released)}
+    ends = [each for each in said if isinstance(each, Released)]
+    assert {800, 801} == {each.incarnation for each in ends}
+    told = room.note_all(ends)
+    assert {1, 2, 3, 4, 5} == {each.incarnation for each in told if isinstance(each, Released)}, (
+        "what they pull is there"
+    )
 
 
 @pytest.mark.parametrize(
@@ -210,7 +215,7 @@ def test_one_shard_that_is_not_right_is_enough(wrong: tuple[Any, ...]) -> None:
 
 
 def test_the_end_is_told_until_all_shards_know_it() -> None:
-    """Clients are told for a while only; a shard that is gone needs not know."""
+    """Clients are told then, and for a while only; a shard that is gone needs not know."""
     room = finishing()
     for shard in SHARDS:
         said = room.say(Finished, shard, True, "", 5.0, 0, 0, ())
@@ -219,8 +224,8 @@ def test_the_end_is_told_until_all_shards_know_it() -> None:
     room.say(Noted, 800, Released.TYPE, 0)
     assert not room.session.over(room.now)
     room.session.gone(801, room.now)
-    assert Stage.RELEASED == room.session.stage and room.session.over(room.now)
-    assert said
+    assert Stage.RELEASED == room.session.stage and room.session.settled
+    assert said and not room.session.over(room.now) and room.session.over(room.now + LINGER)
 
 
 def test_a_round_is_as_its_plan_says_for_all() -> None:

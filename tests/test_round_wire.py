@@ -23,7 +23,7 @@ from shoal.protocol.secure.masks import AUXILIARY, Masks
 from shoal.ps.recipe import Recipe
 from shoal.worker import hand
 from shoal.worker.hand import Hand
-from shoal.worker.round import Input
+from shoal.worker.parley import Input
 from shoal.worker.upload import Encoder
 
 Array = np.ndarray[Any, np.dtype[Any]]

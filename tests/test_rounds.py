@@ -20,9 +20,9 @@ from simnet import Faults
 
 from shoal.protocol.effects import Received
 from shoal.protocol.errors import ConfigError, RoundClosed
+from shoal.protocol.join import CLEAR, SECAGG
 from shoal.protocol.messages import Refused
 from shoal.protocol.rounds import READY, Advertise, Deal, Invite, Masked, Noted, Relay, Released, Unmask, Withdraw
-from shoal.protocol.secure.plan import CLEAR, SECAGG
 from shoal.protocol.secure.privacy import Skellam
 from shoal.protocol.session import TURN, Slice
 from shoal.ps.recipe import DEADLINES, Recipe
@@ -282,8 +282,8 @@ def test_somebody_who_takes_no_part_is_refused() -> None:
     [(stage, stage == Stage.CONSENT) for stage in Stage] + [(Stage.UNMASK, True), (Stage.FINISH, True)],
 )
 def test_a_coordinator_that_crashes_leaves_no_half_round(stage: Stage, active: bool) -> None:
-    """At any stage: the next one asks the shards, ends the session alike at all of them, and the rounds go on."""
-    net = RoundNet(3, 5, (5, 3), Recipe(active=active, rounds=1))
+    """At any stage: the next one asks the shards, ends the session alike at all of them, and the rounds go on, counted."""
+    net = RoundNet(3, 5, (5, 3), Recipe(active=active, rounds=2))
     before: list[int] = []
     if stage == Stage.ABANDONED:
         kill_at(net, Stage.DEAL, ["w1", "w2", "w3"])
@@ -311,7 +311,7 @@ def test_a_coordinator_that_crashes_leaves_no_half_round(stage: Stage, active: b
     first = [[number for run, number, _ in shard.applied if run == 1] for shard in net.shards.values()]
     assert ([[0], [0]] if stage == Stage.RELEASED else [[], []]) == first
     second = [[number for run, number, _ in shard.applied if run == 2] for shard in net.shards.values()]
-    assert [[0], [0]] == second
+    assert [[0], [0]] == second and net.coordinator.rounds.completed == 1 + (stage == Stage.RELEASED)
     assert [(1, 0), (0, 0)][stage != Stage.RELEASED] == tuple(before)
 
 
@@ -381,7 +381,7 @@ def schedule(seed: int) -> Counter[str]:
     draw_stage = draw.choice(STAGES)
 
     def settled() -> bool:
-        return core.session is None and (core.done or bool(core._problem) or not core._possible)
+        return core.session is None and (core.done or bool(core.problem) or not core._possible)
 
     net.run(inf, lambda: (net.now > 5.0 and settled()) or net.now > 60.0)  # what is due later stays due
     net.quiet = True

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.protocol.errors import ConfigError, ProtectionError, ProtocolError
+from shoal.protocol.join import CLEAR, SECAGG
 from shoal.protocol.secure import plan as plans
 from shoal.protocol.secure.hashing import digest, pack, unpack
 from shoal.protocol.secure.parameters import resolve
-from shoal.protocol.secure.plan import CLEAR, SECAGG, Plan, Policy
+from shoal.protocol.secure.plan import Plan, Policy
 from shoal.protocol.secure.privacy import Skellam
 
 LAYOUT, MODEL = digest("layout"), digest("model")

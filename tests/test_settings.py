@@ -42,6 +42,7 @@ def test_the_defaults() -> None:
     """What a newcomer gets; a change of these changes what the pages say."""
     cluster = {"mode": "async", "staleness": 3.0, "lease": 15.0, "min_workers": 1, "nonfinite": "error"}
     cluster |= {"block_bytes": BLOCK_BYTES, "state_dir": ""}
+    cluster |= {"rounds": 0, "round_timeout": 60.0, "protection": "secagg", "cohort": 0, "clip": 1.0, "modulus": 32}
     server = {"bind": "127.0.0.1", "port": 7450, "advertise": "", "shards": 1, "min_shards": 0, "insecure": False}
 
     assert cluster == settle(CLUSTER, {})
@@ -88,7 +89,8 @@ def test_values_as_people_type_them(name: str, typed: Any, value: Any) -> None:
         ("port", 1.5, "not a value of the right kind"), ("port", True, "not a value of the right kind"),
         ("shards", 0, "must be from 1 to 1024"),
         ("min_workers", 4097, "must be from 1 to 4096"), ("min_shards", -1, "must be from 0 to 4096"),
-        ("mode", "turbo", "must be one of async, sync"), ("mode", "federated", "federated rounds are not part of this version"),
+        ("mode", "turbo", "must be one of async, sync, federated"), ("protection", "none", "must be one of secagg, clear"),
+        ("clip", "0", "must be over 0 and finite"), ("clip", "inf", "must be over 0"), ("modulus", "24", "must be 16 or 32"),
         ("mode", ["async"], "not a value of the right kind"), ("nonfinite", "ignore", "must be one of error, skip"),
         ("push_codec", "int9", "must be one of raw, bf16, fp16, int8, topk, topk:FRACTION"),
         ("push_codec", "topk:2", "must be topk:FRACTION with a fraction over 0 and up to 0.5"),
@@ -126,8 +128,6 @@ def test_a_wrong_value_says_where_it_came_from(
         ({"stalenes": 3}, r"there is no setting 'stalenes'\. Try: staleness"),
         ({"zzz": 3}, "there is no setting 'zzz'. Try: bind, port"),
         ({"replicas": 1}, "replicas=1: replicated shards are not part of this version"),
-        ({"rounds": 3}, "rounds=3: federated rounds are not part"),
-        ({"protection": "secagg"}, "secure rounds are not part of this version"),
     ],
 )
 def test_unknown_words_are_refused(given: dict[str, Any], told: str) -> None:
@@ -135,7 +135,7 @@ def test_unknown_words_are_refused(given: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told) as caught:
         settle(SERVER, given)
     assert 78 == exit_code(caught.value)
-    assert settle(SERVER, {}) == settle(SERVER, {"replicas": 0, "rounds": None, "protection": "clear"})
+    assert settle(SERVER, {}) == settle(SERVER, {"replicas": 0, "rounds": None, "protection": "secagg"})
 
 
 @pytest.mark.parametrize(

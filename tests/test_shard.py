@@ -201,7 +201,7 @@ def test_a_refused_gradient_holds_nobody_up() -> None:
 def test_a_fault_of_ours_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever goes wrong inside is refused as `internal` and logged; the shard lives (§5.4)."""
     bench = ShardBench()
-    monkeypatch.setattr(bench.core._weights, "apply", lambda *_: 1 / 0)
+    monkeypatch.setattr(bench.core.weights, "apply", lambda *_: 1 / 0)
     ack = only(m.Ack, bench.push(1, 0, 1.0, 0.0))
 
     assert [(2, "internal", "ZeroDivisionError: division by zero")] == list(ack.refusals)
@@ -212,7 +212,7 @@ def test_a_fault_in_closing_a_step_is_survived(monkeypatch: pytest.MonkeyPatch) 
     """Nor does a fault of ours or torch's in the average take the shard down (§5.4)."""
     bench = ShardBench((1,), mode="sync")
     bench.start(1)
-    monkeypatch.setattr(bench.core._weights.store, "apply", lambda *_: 1 / 0)
+    monkeypatch.setattr(bench.core.weights.store, "apply", lambda *_: 1 / 0)
 
     assert 1 == only(m.Ack, bench.push(1, 0, 1.0, 0.0)).min_clock
     assert "ZeroDivisionError" in bench.logged[-1]
@@ -258,7 +258,7 @@ def test_those_who_rest_read_a_restarted_shard_on() -> None:
 def test_a_filling_waits_for_the_model() -> None:
     """Messages of two connections come in any order: the filling before the model is kept, not refused (§4.3.3)."""
     bench = ShardBench((1,), fill=False)
-    bench.core._weights = None
+    bench.core.weights = None
     assert 0 == only(m.Ack, bench.fill(1)).seq
 
     bench.hear(COORDINATOR, bench.model())
@@ -404,7 +404,7 @@ def test_any_payload_in_a_codec_is_taken_or_refused(mode: str) -> None:
 
     assert {"refused.shape", "refused.nonfinite"} == set(refused)
     assert 100 < sum(refused.values()) < 380
-    assert 400 == bench.core._clocks.get(1)
+    assert 400 == bench.core.clocks.get(1)
     assert [] == bench.logged
     assert np.isfinite(bench.weights).all()
 

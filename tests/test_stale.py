@@ -98,7 +98,7 @@ def test_a_remedy_is_part_of_the_model() -> None:
 def test_staleness_is_the_updates_of_a_block_since_it_was_read() -> None:
     """Everybody's, the own too, of that block alone, whatever else changed; a push counts by its stalest block (§13.2)."""
     bench = bench_of(SCALE, SGD(lr=1.0), SGD(lr=1.0))
-    store = bench.core._weights.store
+    store = bench.core.weights.store
     seen = read(bench, 1)
     assert 2 == seen == store.version, "filling is a change and no update"
 
@@ -120,7 +120,7 @@ def test_staleness_is_the_updates_of_a_block_since_it_was_read() -> None:
 def test_counting_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shard remembers so many updates of a block and not more (§13.2)."""
     bench = bench_of(Stale())
-    store = bench.core._weights.store
+    store = bench.core.weights.store
     gradient = torch.zeros(2)
     for _ in range(2 * MOST_COUNTED + 10):
         store.apply(0, gradient, None, (), 1)
@@ -159,7 +159,7 @@ def test_the_learning_rate_is_divided_by_staleness() -> None:
         before = bench.weights[0]
         bench.push(1, 0, -6.0, 0.0, seen=seen, hyper=hyper, advance=False)
         moved.append(bench.weights[0] - before)
-    bench.push(1, 0, -6.0, 0.0, seen=bench.core._weights.store.version, advance=False)
+    bench.push(1, 0, -6.0, 0.0, seen=bench.core.weights.store.version, advance=False)
 
     assert pytest.approx([6, 6, 3, 2, 0.75, 1.2]) == moved, "τ = 0, 1, 2, 3, 4, 5"
     assert pytest.approx(sum(moved) + 6) == bench.weights[0], "and full again for a fresh one"
@@ -174,7 +174,7 @@ def test_other_numbers_and_groups_keep_theirs() -> None:
         for _ in range(2):
             grads = (floats(1.0, -1.0), floats(8.0, 4.0))
             bench.do(m.Push, 1, 0, False, 1.0, (), 0, 0, (0, 1), (), False, seen, grads)
-        assert [1, 1] == [bench.core._weights.store.updates_since(b, seen + 2) for b in (0, 1)]
+        assert [1, 1] == [bench.core.weights.store.updates_since(b, seen + 2) for b in (0, 1)]
     scaled, plain = benches
     assert plain.weights == scaled.weights
 
@@ -288,7 +288,7 @@ def test_what_cannot_be_compensated_is_applied_as_it_came() -> None:
     bench.push(1, 0, 0.0, -2.0, seen=newer, advance=False)
     assert [np.float32(1e30), 2.0] == bench.weights, "0 times anything"
     assert 3.0 == counted(bench)["uncompensated"]
-    bench.push(1, 0, 0.0, -2.0, seen=bench.core._weights.store.version, advance=False)
+    bench.push(1, 0, 0.0, -2.0, seen=bench.core.weights.store.version, advance=False)
     assert [np.float32(1e30), 4.0] == bench.weights, "on weights that it was never told"
     assert 4.0 == counted(bench)["uncompensated"]
 
@@ -320,7 +320,7 @@ def test_a_pull_of_some_blocks_is_one_of_those() -> None:
 def test_copies_are_kept_for_those_counted_in_and_no_longer() -> None:
     """One a worker and block, shared where two read the same version; none for readers, nor after a pause or an end (§13.5)."""
     bench = bench_of(Compensate())
-    kept = bench.core._weights.remedy._backups
+    kept = bench.core.weights.remedy._backups
     for worker in (1, 2, READER):
         read(bench, worker)
     assert {1, 2} == set(kept)
@@ -338,13 +338,13 @@ def test_copies_are_kept_for_those_counted_in_and_no_longer() -> None:
     for stale in (Stale(), SCALE):
         other = bench_of(stale)
         read(other, 1)
-        assert {} == other.core._weights.remedy._backups
+        assert {} == other.core.weights.remedy._backups
 
 
 def test_an_answer_that_is_said_again_is_of_before() -> None:
     """Over shared memory a repeated request is not written again: what its worker holds has not changed (§11.4, §13.5)."""
     bench = bench_of(Compensate(0.5))
-    weights, first = bench.core._weights, read(bench, 1)
+    weights, first = bench.core.weights, read(bench, 1)
     bench.push(2, 0, -2.0, 0.0)
     weights.read(1, (), first)
     bench.push(1, 0, 3.0, 0.0, seen=first)
@@ -361,14 +361,14 @@ def test_buffers_that_are_averaged_are_let_be() -> None:
 
     values = only(m.Values, bench.pull(READER, blocks=(1,))).buffers[0]
     assert [6.0, 3.0] == np.frombuffer(values, np.float32).tolist()
-    assert [0] == list(bench.core._weights.remedy._backups[1])
+    assert [0] == list(bench.core.weights.remedy._backups[1])
     assert "uncompensated" not in counted(bench)
 
 
 def test_a_copy_stays_as_it_was_read() -> None:
     """However the block changes afterwards, and whoever else reads it meanwhile."""
     bench = bench_of(Compensate())
-    kept = bench.core._weights.remedy._backups
+    kept = bench.core.weights.remedy._backups
     read(bench, 1)
     for step in range(4):
         bench.push(2, step, 1.0, 1.0, seen=read(bench, 2))
@@ -399,7 +399,7 @@ def test_sync_knows_no_staleness() -> None:
                 read_at = read(bench, worker, clock=step)
                 bench.push(worker, step, 1.0 * worker, -1.0, seen=read_at if step < 2 else 1)
         found.append(bench.weights)
-        assert {} == counted(bench) == bench.core._weights.remedy._backups
+        assert {} == counted(bench) == bench.core.weights.remedy._backups
     assert found[0] == found[1] == found[2]
 
 

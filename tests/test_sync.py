@@ -64,7 +64,7 @@ def train(worker: shoal.Worker, net: nn.Module, share: slice) -> None:
     opt = worker.optimizer(torch.optim.Adam(net.parameters(), lr=0.01), net)
     for step in range(STEPS):
         x, y = batch(step)
-        worker._batch_begins(len(x[share]))
+        worker._examples += len(x[share])
         opt.zero_grad()
         functional.cross_entropy(net(x[share]), y[share]).backward()
         opt.step()

@@ -13,7 +13,8 @@ from roundtable import MODEL, plan_for
 from shoal.protocol.rounds import Masked
 from shoal.protocol.secure.masks import Masks
 from shoal.worker import upload
-from shoal.worker.upload import Encoder, Input, Upload
+from shoal.worker.parley import Input
+from shoal.worker.upload import Encoder, Upload
 
 KEYS = [bytes(32), bytes([1]) * 32]
 SIZES = (40, 0, 23)

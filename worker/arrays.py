@@ -189,6 +189,11 @@ class Cache:
         block = self.layout.blocks[index]
         return self._flats[block.flat][block.start : block.stop].copy().data.cast("B")
 
+    def view(self, index: int) -> Buffer:
+        """A block's values; the cache's own memory."""
+        block = self.layout.blocks[index]
+        return self._flats[block.flat][block.start : block.stop].data.cast("B")
+
     def load(self, index: int, payload: Buffer, codec: int = RAW) -> None:
         """A block's values, which a pull has brought.
 

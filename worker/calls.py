@@ -13,6 +13,8 @@ from typing import TypeAlias
 
 from ..protocol.codecs import RAW
 from ..protocol.schema import Buffer, Buffers
+from ..protocol.secure.plan import Plan, Policy
+from .parley import Input
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,7 @@ class DeclareCalled:
 
 @dataclass(frozen=True, slots=True)
 class ClaimCalled:
-    """Ask for a range of an epoch below `epochs`. Resolved with a `Lease`, or None when all are complete."""
+    """Ask for a range of an epoch below `epochs`. Resolved with a `Lease`, None when all are complete, or `Federated`."""
 
     ticket: int
     job: str
@@ -199,6 +201,77 @@ class CloseCalled:
 
 
 @dataclass(frozen=True, slots=True)
+class Federated:
+    """In place of a lease: the cluster makes federated rounds now, and data stay where they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnlistCalled:
+    """Take part in federated rounds. Resolved with how many are complete, when the coordinator knows of this worker.
+
+    Args:
+        policy: what this worker demands of each. metrics: names of what it can say of each.
+    """
+
+    ticket: int
+    policy: Policy
+    metrics: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NextCalled:
+    """Wait for a round. Resolved with a `RoundBegun`, or with a `NoRound`.
+
+    Args:
+        until: when so many are complete nobody waits any more; None: as many as the cluster makes.
+    """
+
+    ticket: int
+    until: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RoundBegun:
+    """An answer: pull, train, then `TrainedCalled` or `DeclineCalled`."""
+
+    session: int
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class NoRound:
+    """An answer: there is no other.
+
+    Args:
+        over: are as many complete as were wanted? If not, the mode has changed.
+    """
+
+    over: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedCalled:
+    """Put this into a round. Resolved with the `Over` of its session; fails if it takes nothing more."""
+
+    ticket: int
+    session: int
+    given: Input
+
+
+@dataclass(frozen=True, slots=True)
+class DeclineCalled:
+    """Nothing will be put into this session."""
+
+    session: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class RetireCalled:
+    """Take part in no more rounds."""
+
+
+@dataclass(frozen=True, slots=True)
 class Cancelled:
     """Nobody waits for this ticket any more."""
 
@@ -221,4 +294,9 @@ Call: TypeAlias = (
     | LogCalled
     | CloseCalled
     | Cancelled
+    | EnlistCalled
+    | NextCalled
+    | TrainedCalled
+    | DeclineCalled
+    | RetireCalled
 )

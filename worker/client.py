@@ -15,7 +15,7 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +34,17 @@ from ..protocol.model import ModelSpec, Tensor
 from ..protocol.phases import at
 from ..protocol.records import Place
 from ..protocol.rules import Rule
+from ..protocol.secure.plan import Policy
 from ..protocol.stale import Option, Stale, read_option
 from . import calls
+from .address import check_resolves
 from .arrays import Array, Cache, Template, describe, write
 from .buffers import Buffers
 from .core import Core
 from .data import Partition
 from .exchange import Exchange, first_values
 from .loop import Loop, Ticket
+from .rounds import Round, Trainer, policy_of
 from .stats import Stats
 
 if TYPE_CHECKING:
@@ -69,6 +72,7 @@ class Worker:
         wait_timeout: seconds after which any other call ends in `WaitTimeout`, unless it says otherwise.
         transport: `shm` shares memory with the servers, which must be on this machine; `tcp` does not; `auto` where it can be.
         push_codec, pull_codec: what travels to and from servers of other machines is in these; raw by default.
+        require: what is demanded of federated rounds: `secagg`, `clear`, or a `Policy`; by default what `address` says.
 
     Raises:
         NoServerError: nobody answers at the address in time.
@@ -87,16 +91,18 @@ class Worker:
         transport: str = "auto",
         push_codec: Codec = RAW_CODEC,
         pull_codec: Codec = RAW_CODEC,
+        require: str | Policy | None = None,
     ) -> None:
         host = socket.gethostname()
         self.name = _checked_name(name) or f"{host[:64]}-{os.getpid()}-{os.urandom(2).hex()}"
-        self._check_resolves(address)
+        check_resolves(address)
         key = key_text(address.server_key) if address.server_key else ""
         who = (self.name, attempt, host, os.getpid())
         self._core = Core(Place(0, 0, address.host, address.port, key), who, _random)
         self._loop = Loop(self._core, address.secret, wait_timeout)
         self._exchange = Exchange(self._loop, self._core.stats, transport, push_codec, pull_codec)
         self._buffers = Buffers(self._exchange)
+        self._trainer = Trainer(self, address.protection if require is None else require)
         self._examples = 0.0
         self._step_examples: list[float] = []
         self._jobs = 0
@@ -112,16 +118,6 @@ class Worker:
         except BaseException:
             self._loop.close()
             raise
-
-    def _check_resolves(self, address: JoinAddress) -> None:
-        try:
-            socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            raise NoServerError(
-                f"the name {address.host!r} does not resolve: {getattr(error, 'strerror', '') or error}",
-                cause="a typing mistake, or a name that only the server's network knows",
-                hint="the server's IP address instead",
-            ) from None
 
     def _open(self, address: JoinAddress, timeout: float) -> None:
         ticket = self._loop.call(calls.OpenCalled)
@@ -148,8 +144,15 @@ class Worker:
 
     @property
     def mode(self) -> str:
-        """`async` or `sync`."""
+        """`async`, `sync` or `federated`."""
+        if self._core.federated:
+            return "federated"
         return at(self._core.phases, self._core.stats.clock).mode if self._core.phases else ""
+
+    @property
+    def federated(self) -> bool:
+        """Does this worker train by itself now? A batch that was leased to it still ends in a push."""
+        return self._core.federated and not self._examples
 
     @property
     def incarnation(self) -> int:
@@ -200,6 +203,8 @@ class Worker:
         self._loop.result(ticket, timeout)
         cache()
         exchange.registered({name: Template(array) for name, (array, _) in arrays.items()})
+        if self._core.federated:
+            self._loop.tell(calls.PauseCalled())
         return cache()
 
     @property
@@ -347,8 +352,46 @@ class Worker:
 
     def _be_counted_in(self, timeout: float | None) -> None:
         """After a rest, or another life, be in the clocks again before anything is pushed: it would be lost."""
+        if self.federated:
+            raise ConfigError(
+                "the cluster makes federated rounds, in which nothing is pushed",
+                cause="`shoal mode federated`, or `--mode federated`",
+                hint="worker.rounds(model), or worker.optimizer(opt, model) with worker.partition(…)",
+            )
         if self._exchange.cache is not None and not self._core.fleet.running:
             self._loop.result(self._loop.call(calls.ResumeCalled), timeout)
+            self._exchange.be_exact(False)
+
+    # --- federated rounds
+
+    def rounds(
+        self,
+        model: torch.nn.Module | Mapping[str, Array],
+        *,
+        examples: float = 1.0,
+        require: str | Policy | None = None,
+        metrics: Iterable[str] = (),
+        count: int | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Round]:
+        """Take part in federated rounds: in each the model holds the round's weights, is trained here, and is submitted.
+
+        Args:
+            model: a torch module, whose parameters and floating buffers are federated, or arrays by name, trained in place. If
+                nothing is registered yet, this is.
+            examples: how much this worker's update weighs. It leaves under the mask alone.
+            require: what is demanded of every round: `secagg`, `clear`, or a `Policy`; by default as `connect` was told.
+            metrics: names of what `submit` will be given.
+            count: so many rounds of the cluster; by default all that it makes.
+            timeout: seconds to wait for each.
+
+        Raises:
+            ConfigError: the cluster is in another mode, or the model is not the registered one.
+            ProtectionError: a round protects less than is required. WaitTimeout: none has begun in time.
+        """
+        self._trainer.hold(model, timeout)
+        policy = self._trainer.policy if require is None else policy_of(require)
+        return self._trainer.rounds(float(examples), policy, tuple(metrics), count, timeout)
 
     # --- torch
 
@@ -412,39 +455,17 @@ class Worker:
             name, self._jobs = f"data{self._jobs}", self._jobs + 1
         return Partition(self, data, batch_size, epochs, shuffle, seed, partition_size, name)
 
-    def _declare(self, job: str, length: int, batch: int, size: int, seed: int, epoch: int) -> None:
-        self._loop.result(self._loop.call(calls.DeclareCalled, job, length, batch, size, seed, epoch), None)
-
-    def _claim(self, job: str, epochs: int) -> calls.Lease | None:
-        """The next range, or None when all epochs are complete. Comes back counted in, with fresh weights if it was not."""
-        started = time.perf_counter()
-        lease: calls.Lease | None = self._loop.result(self._loop.call(calls.ClaimCalled, job, epochs), None)
-        if lease is not None and self._exchange.cache is not None and not self._core.fleet.running:
-            self._be_counted_in(None)
-            self._refresh()
-        self._core.stats.seconds["data"] += time.perf_counter() - started
-        return lease
-
-    def _rest(self) -> None:
-        """No data is left: hold nobody up, and end with the weights that all finished steps have made."""
-        if self._exchange.cache is not None:
-            self._loop.tell(calls.PauseCalled())
-            self._refresh()
-
     def _refresh(self) -> None:
         for refresh in self._refreshers:
             refresh()
 
-    def _batch_begins(self, examples: int) -> None:
-        self._examples += examples
-
-    def _processed(self, lease: calls.Lease, done: int, over: bool) -> None:
-        self._loop.tell(calls.DoneCalled(lease, done, over))
-
     # --- the rest
 
     def log(self, **values: float) -> None:
-        """Named numbers for the display, the status and the report; the newest of each name counts."""
+        """Named numbers for the display, the status and the report; the newest of each name counts.
+
+        While a federated round is trained for they leave with its update alone, summed over all workers under its protection.
+        """
         try:
             numbers = {name: float(value) for name, value in values.items()}
         except (TypeError, ValueError) as error:
@@ -456,6 +477,8 @@ class Worker:
                     hint="a fixed name whose value changes: worker.log(loss=…)",
                 )
             self._logged.add(name)
+        if self._trainer.active:
+            return self._trainer.log(numbers)
         self._loop.tell(calls.LogCalled(numbers))
 
     def drain(self, timeout: float | None = None) -> None:

@@ -17,16 +17,14 @@ from math import inf
 from typing import Any
 
 from ..protocol.effects import COORDINATOR, Denied, Effect, Linked, Received, Tick, Unlinked, Unreadable
-from ..protocol.errors import AuthError, ConfigError, ShapeError, VersionError, WaitTimeout, WorkerEvicted
+from ..protocol.errors import AuthError, ConfigError, ShapeError, VersionError, WaitTimeout
 from ..protocol.join import bracket
 from ..protocol.layout import Layout, lay_out
 from ..protocol.messages import (
     Ack,
     Claim,
     Cluster,
-    Complete,
     Completed,
-    Declare,
     Declared,
     Evicted,
     Exhausted,
@@ -45,13 +43,15 @@ from ..protocol.messages import (
     Welcome,
 )
 from ..protocol.model import read_model
-from ..protocol.phases import Phases
+from ..protocol.phases import Phases, floor
 from ..protocol.records import Place
 from ..protocol.schema import Buffer
 from . import calls
 from .calls import Call
-from .desk import RETRY, Ask, Desk
-from .failures import lost_error
+from .desk import RETRY, Ask, Desk, completion, declaration
+from .failures import evicted_error, lost_error
+from .federation import KINDS as OF_ROUNDS
+from .federation import Federation
 from .fleet import WARN_EVERY, Fleet
 from .outgoing import Outgoing
 from .stats import Stats
@@ -93,6 +93,7 @@ class Core:
         """Set once nothing can work any more; every later call ends with it."""
         self._out = Outgoing()
         self.fleet = Fleet(self._out, self.stats)
+        self.federation = Federation(self._out, self.stats, who[0])
         self._place, self._who, self._entropy = Place(0, 0, place.host, place.port, place.key), who, entropy
         self._now = self._ticked_at = 0.0
         self._description = b""
@@ -158,7 +159,10 @@ class Core:
         ticket: int = getattr(call, "ticket", 0)
         if self.fatal is not None and ticket and not isinstance(call, calls.CloseCalled | calls.Cancelled):
             return self._out.fail(ticket, self.fatal)
-        _CALLS[type(call)](self, call)
+        act = _CALLS.get(type(call))
+        if act is None:
+            return self.federation.called(call)
+        act(self, call)
 
     def _open(self, call: calls.OpenCalled) -> None:
         self._openers.append(call.ticket)
@@ -178,7 +182,7 @@ class Core:
         if self.fleet.running:
             return self.fleet.push(call)
         self.stats.lost += 1
-        self._out.fail(call.ticket, self._evicted_error())
+        self._out.fail(call.ticket, evicted_error())
 
     def _early(self, call: calls.EarlyCalled) -> None:
         self.fleet.early(call)
@@ -201,12 +205,12 @@ class Core:
 
     def _declare(self, call: calls.DeclareCalled) -> None:
         self._declared[call.job] = call
-        self._desk.add(_declaration(call, call.ticket))
+        self._desk.add(declaration(call, call.ticket))
 
     def _declare_again(self) -> None:
         """The coordinator does not know our data sets: it was restarted."""
         for call in self._declared.values():
-            self._desk.add_first(_declaration(call, 0))
+            self._desk.add_first(declaration(call, 0))
 
     def _claim(self, call: calls.ClaimCalled) -> None:
         def make(incarnation: int, request: int) -> Message:
@@ -230,6 +234,7 @@ class Core:
 
     def _cancelled(self, call: calls.Cancelled) -> None:
         self.fleet.cancel(call.ticket)
+        self.federation.cancel(call.ticket)
         self._desk.drop(call.ticket)
         if call.ticket in self._openers:
             self._openers.remove(call.ticket)
@@ -243,6 +248,7 @@ class Core:
             self._desk.hurry()
         else:
             self.fleet.linked(peer, self._now)
+        self.federation.linked(peer)
 
     def _received(self, peer: int, message: Message) -> None:
         if peer == COORDINATOR:
@@ -255,6 +261,8 @@ class Core:
             return  # an earlier life's, or no business of a worker
         if isinstance(message, Evicted):
             return self._evicted()
+        if type(message) in OF_ROUNDS:
+            return self.federation.received(peer, message)
         if peer != COORDINATOR:
             return self.fleet.received(peer, message, self._now)
         match message:
@@ -263,20 +271,33 @@ class Core:
                     self._declare_again()
                 self._run, self._lease = message.run, message.lease
                 self.phase, self.welcome, self._epoch = Phase.JOINED, message, message.epoch
-                self.phases = message.phases
                 self._renew_at, self._waiting = self._now + self._renew_every, None
                 self._check_keys(message.shards)
                 self.fleet.joined(message.run, message.epoch, message.shards, self._now)
+                self._know(message)
             case Renewed():
                 self._confirmed = self._snapshot
             case Cluster() if message.epoch >= self._epoch and self.phase is Phase.JOINED:
-                self.phases = message.phases
                 self._epoch = message.epoch
                 self._check_keys(message.shards)
                 self.fleet.place(message.shards, self._now)
+                self._know(message)
                 self.fleet.fill(message.fill, message.epoch)
             case Registered() | Declared() | Leased() | Exhausted() | Completed() | Left():
                 self._answered(message)
+
+    def _know(self, message: Welcome | Cluster) -> None:
+        """How the cluster is now."""
+        self.phases = message.phases
+        self.fleet.floor = floor(message.phases)
+        self.federation.place(tuple(place.incarnation for place in sorted(message.shards, key=lambda each: each.index)))
+
+    @property
+    def federated(self) -> bool:
+        """Is this worker's next step a federated round? One that is counted in goes on to the clock where they begin."""
+        newest = self.phases[-1] if self.phases else None
+        begun = newest is not None and (not self.fleet.running or self.stats.clock >= newest.clock)
+        return begun and newest is not None and newest.mode == "federated"
 
     def _check_keys(self, places: Iterable[Place]) -> None:
         """Where the coordinator has keys, every shard has (SPEC §10.3): nothing is sent in the clear because somebody said so."""
@@ -299,6 +320,8 @@ class Core:
         if message.code == "version":
             text = f"{self._where(peer)} speaks another version of the protocol: {message.text}"
             return self._fail_session(VersionError(text, hint="install the same shoal on both sides"))
+        if self.federation.concerns(message):
+            return self.federation.received(peer, message)
         if peer != COORDINATOR:
             return self.fleet.refused_pull(peer, message.request, message.text)
         if message.request == 0:
@@ -311,6 +334,8 @@ class Core:
         ask = self._desk.answered(message.request)
         if ask is None:
             return
+        if message.code == "federated":
+            return self._out.resolve(ask.ticket, calls.Federated())
         if message.code == "undeclared" and ask.job in self._declared:
             ask.sent_at = -inf
             self._desk.add(ask)
@@ -367,6 +392,7 @@ class Core:
             )
             return self._fail_session(error)
         self.fleet.has_layout(layout, self._source)
+        self.federation.has_layout(layout)
 
     # --- pursuing what is wanted
 
@@ -374,7 +400,8 @@ class Core:
         """A new incarnation joins."""
         self.incarnation, self._began_at = self._entropy(), self._now
         self.phase, self.welcome, self._registering = Phase.JOINING, None, 0
-        self.fleet.begin(self.incarnation, self._evicted_error())
+        self.fleet.begin(self.incarnation, evicted_error())
+        self.federation.begin(self.incarnation)
         self._desk.carry_over()
         self._done.clear()
         self._progress.clear()
@@ -396,6 +423,7 @@ class Core:
                 renew = Renew(self.incarnation, self._epoch, self.stats.clock, self.fleet.running, *self._news())
                 self._out.send(COORDINATOR, renew)
             self.fleet.pursue(now)
+            self.federation.pursue(self.federated, now)
             if self._openers and self.fleet.greeted:
                 self._out.resolve_all(self._openers, None)
             self.fleet.watch(now, self.server_timeout)
@@ -403,7 +431,8 @@ class Core:
         asking = bool(self.phase is Phase.JOINING or len(self._desk) or self._done or self._openers)
         self._settled = not asking and self.phase is Phase.JOINED and self.fleet.settled
         pending = asking or self.fleet.busy
-        self.wake_at = min(self._renew_at if self.phase is Phase.JOINED else inf, now + RETRY / 2 if pending else inf)
+        renew_at = self._renew_at if self.phase is Phase.JOINED else inf
+        self.wake_at = min(renew_at, now + RETRY / 2 if pending else inf, self.federation.wake_at)
 
     def _want_registration(self) -> None:
         if self._description and not self.fleet.registered and not self._registering:
@@ -428,7 +457,7 @@ class Core:
             self._progress[lease] = call.done
             if call.over:
                 del self._progress[lease]
-                self._desk.add(Ask(0, _complete(lease, call.done), lasting=False))
+                self._desk.add(completion(lease, call.done))
 
     # --- silence and failure
 
@@ -454,7 +483,7 @@ class Core:
             self._warn_at = self._now + WARN_EVERY
             self._out.note("info", self.why_waiting())
         rejoining = self.phase is Phase.JOINING and not self._openers
-        if not len(self._desk) and not rejoining:
+        if not len(self._desk) and not rejoining and not self.federation.waiting:
             self._owed_since = None
             return
         if self._owed_since is None:
@@ -465,6 +494,7 @@ class Core:
             for ticket in self._desk.tickets():
                 self._desk.drop(ticket)
                 self._out.fail(ticket, error)
+            self.federation.fail(error)
             if rejoining or self._registering:
                 self.fleet.fail_everybody(error)
 
@@ -488,6 +518,7 @@ class Core:
         for ticket in self._desk.tickets():
             self._desk.drop(ticket)
             self._out.fail(ticket, error)
+        self.federation.fail(error)
         self.fleet.fail_everybody(error)
 
     def why_waiting(self) -> str:
@@ -498,13 +529,8 @@ class Core:
         if self.phase is Phase.JOINING:
             state = "is connected but does not answer" if self._linked_to_coordinator else "cannot be reached"
             return f"the coordinator at {self._where(COORDINATOR)} {state}"
-        return self.fleet.why_waiting() or "the servers answer"
-
-    def _evicted_error(self) -> WorkerEvicted:
-        return WorkerEvicted(
-            "this worker was declared dead and joins again; this update is lost",
-            cause="it was stopped, or cut off, for longer than its lease",
-        )
+        rounds = self.federation.why_waiting() if self.federation.waiting else ""
+        return self.fleet.why_waiting() or rounds or "the servers answer"
 
     def _where(self, peer: int) -> str:
         if peer == COORDINATOR:
@@ -514,17 +540,6 @@ class Core:
     @property
     def layout(self) -> Layout | None:
         return self.fleet.layout
-
-
-def _declaration(call: calls.DeclareCalled, ticket: int) -> Ask:
-    def make(incarnation: int, request: int) -> Message:
-        return Declare(incarnation, request, call.job, call.length, call.batch, call.size, call.seed, call.epoch)
-
-    return Ask(ticket, make, lasting=True)
-
-
-def _complete(lease: int, done: int) -> Callable[[int, int], Message]:
-    return lambda incarnation, request: Complete(incarnation, request, lease, done)
 
 
 _FLOWING = frozenset({calls.EarlyCalled, calls.PushCalled, calls.PullCalled, Ack, Values})

@@ -9,6 +9,7 @@ Rules
 from __future__ import annotations
 
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..protocol.errors import ConfigError
+from . import calls
 from .arrays import is_torch
-from .calls import Lease
+from .calls import Federated, Lease
+from .rounds import passes
 
 if TYPE_CHECKING:
     from .client import Worker
@@ -63,46 +66,104 @@ class Partition:
         self._worker, self._name = worker, name
         self._batch, self._epochs, self._size = batch_size, epochs, size
         self._seed = seed if shuffle else None
-        self._until = 0
+        self._until = self._epoch = 0
+        """Epochs that are wanted, and those that are complete for all that is known here."""
         self._order: tuple[int, np.ndarray[Any, Any]] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
         return -(-self._length // self._batch) * self._epochs
 
     def __iter__(self) -> Iterator[Any]:
-        self._until += self._epochs
+        self._epoch, self._until = self._until, self._until + self._epochs
         worker = self._worker
-        worker._declare(self._name, self._length, self._batch, self._size, self._seed or 0, self._until - self._epochs)
-        while (lease := worker._claim(self._name, self._until)) is not None:
+        while True:
+            if worker._core.federated:
+                yield from self._passes()
+            else:
+                yield from self._leases()
+            if self._epoch >= self._until:
+                return self._rest()
+
+    def _leases(self) -> Iterator[Any]:
+        """Until all epochs are complete, or data are not leased any more."""
+        worker = self._worker
+        data = (self._name, self._length, self._batch, self._size, self._seed or 0, self._epoch)
+        worker._loop.result(worker._loop.call(calls.DeclareCalled, *data), None)
+        while isinstance(lease := self._claim(), Lease):
+            self._epoch = max(self._epoch, lease.epoch)
             yield from self._batches(lease)
-        worker._rest()
+            if worker._core.federated:
+                return
+        if lease is None:
+            self._epoch = self._until
+
+    def _claim(self) -> Lease | Federated | None:
+        """The next range, or None when all epochs are complete. Comes back counted in, with fresh weights if it was not."""
+        worker, started = self._worker, time.perf_counter()
+        lease: Lease | Federated | None
+        lease = worker._loop.result(worker._loop.call(calls.ClaimCalled, self._name, self._until), None)
+        if isinstance(lease, Federated):
+            worker._loop.tell(calls.PauseCalled())
+        elif lease is not None and worker._exchange.cache is not None and not worker._core.fleet.running:
+            worker._be_counted_in(None)
+            worker._refresh()
+        worker._core.stats.seconds["data"] += time.perf_counter() - started
+        return lease
+
+    def _rest(self) -> None:
+        """No data is left: hold nobody up, and end with the weights that all finished steps have made."""
+        worker = self._worker
+        if worker._exchange.cache is not None:
+            worker._loop.tell(calls.PauseCalled())
+            worker._refresh()
+
+    def _passes(self) -> Iterator[Any]:
+        """A pass over this worker's own data in each round, until so many are complete, or there are no more."""
+        trainer = self._worker._trainer
+        if not trainer.arrays:
+            raise ConfigError(
+                "in federated mode a worker trains by itself, and this one has no model",
+                hint="worker.optimizer(opt, model), or worker.rounds(model) in place of partition",
+            )
+        before, left = trainer.completed, self._until - self._epoch
+        yield from passes(trainer, left, self._pass, self._length)
+        done = min(left, max(0, trainer.completed - before))
+        self._until -= done
+        if self._worker._core.federated:  # as many as were wanted, here or there
+            self._epoch = self._until
+
+    def _pass(self, number: int) -> Iterator[Any]:
+        order = self._order_of(self._worker.number, number)
+        for start in range(0, self._length, self._batch):
+            yield self._take(order[start : start + self._batch])
 
     def _batches(self, lease: Lease) -> Iterator[Any]:
         worker, done = self._worker, 0
         try:
             for start in range(lease.start, lease.stop, self._batch):
-                if worker.incarnation != lease.incarnation:
-                    return  # evicted: the range is somebody else's by now
+                if worker.incarnation != lease.incarnation or worker._core.federated:
+                    return  # evicted: the range is somebody else's by now; or nothing is leased any more
                 stop = min(start + self._batch, lease.stop)
-                worker._batch_begins(stop - start)
+                worker._examples += stop - start
                 yield self._take(self._indices(lease.epoch)[start:stop])
                 done = stop - lease.start
-                worker._processed(lease, done, over=stop == lease.stop)
+                worker._loop.tell(calls.DoneCalled(lease, done, stop == lease.stop))
         finally:
             if done < lease.stop - lease.start:
-                worker._processed(lease, done, over=True)  # the loop was left early: the rest is free again
+                worker._loop.tell(
+                    calls.DoneCalled(lease, done, True)
+                )  # the loop was left early: the rest is free again
 
     def _indices(self, epoch: int) -> np.ndarray[Any, Any]:
         """The epoch's order (SPEC §9.2)."""
         if self._order[0] != epoch:
-            if self._seed is None:
-                order = np.arange(self._length)
-            else:
-                order = np.random.default_rng([self._seed, zlib.crc32(self._name.encode()), epoch]).permutation(
-                    self._length
-                )
-            self._order = (epoch, order)
+            self._order = (epoch, self._order_of(epoch))
         return self._order[1]
+
+    def _order_of(self, *which: int) -> np.ndarray[Any, Any]:
+        if self._seed is None:
+            return np.arange(self._length)
+        return np.random.default_rng([self._seed, zlib.crc32(self._name.encode()), *which]).permutation(self._length)
 
 
 def _reader(data: Any) -> tuple[int, Callable[[np.ndarray[Any, Any]], Any]]:

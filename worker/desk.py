@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
-from ..protocol.messages import Message
+from ..protocol.messages import Complete, Declare, Message
+from .calls import DeclareCalled
 
 RETRY = 1.0
 
@@ -90,3 +91,17 @@ class Desk:
 
     def tickets(self) -> list[int]:
         return [ask.ticket for ask in self._asks.values() if ask.ticket]
+
+
+def declaration(call: DeclareCalled, ticket: int) -> Ask:
+    """Of a data set."""
+
+    def make(incarnation: int, request: int) -> Message:
+        return Declare(incarnation, request, call.job, call.length, call.batch, call.size, call.seed, call.epoch)
+
+    return Ask(ticket, make, lasting=True)
+
+
+def completion(lease: int, done: int) -> Ask:
+    """So much of a lease is done, and no more will be."""
+    return Ask(0, lambda incarnation, request: Complete(incarnation, request, lease, done), lasting=False)

@@ -73,6 +73,7 @@ class Exchange:
         self._gather_lock = threading.Lock()
         self._encoder_lock = threading.Lock()
         self._sharing = transport != "tcp"
+        self._exact = False
 
     # --- registering
 
@@ -174,6 +175,12 @@ class Exchange:
             yield cache
             self._stats.seconds["apply"] += time.perf_counter() - waited
 
+    def be_exact(self, exact: bool = True) -> None:
+        """Values are wanted as the shards have them, in no codec."""
+        if exact and not self._exact and self._pull_codec.number != RAW and self.cache is not None:
+            self.cache.held.clear()
+        self._exact = exact
+
     def prefetch(self) -> None:
         """Ask for all values. They come to another cache while the caller goes on; `arrive` puts that in the place of this one."""
         with self._fetching(None):
@@ -202,7 +209,7 @@ class Exchange:
             self._fetch_lock.release()
 
     def _ask(self, cache: Cache, names: Iterable[str] | None) -> Ticket:
-        region, codec = cache.region.number if cache.region else 0, self._pull_codec.number
+        region, codec = cache.region.number if cache.region else 0, RAW if self._exact else self._pull_codec.number
         return self._loop.call(calls.PullCalled, cache.shards(names), dict(cache.held), region, cache.load, codec)
 
     def _pulled(self, ticket: Ticket, cache: Cache, timeout: float | None) -> calls.Pulled:

@@ -7,7 +7,7 @@ Rules
 
 from __future__ import annotations
 
-from ..protocol.errors import NonFiniteError, ServerLost, ShapeError, ShoalError
+from ..protocol.errors import NonFiniteError, ServerLost, ShapeError, ShoalError, WorkerEvicted
 
 
 def lost_error(what: str, address: str, age: float) -> ServerLost:
@@ -27,3 +27,11 @@ def refusal(code: str, text: str) -> ShoalError:
     if code == "unfilled":
         return ServerLost(f"a push was refused: {text}", cause="a shard was restarted and has lost its state")
     return ShapeError(f"a push was refused ({code}): {text}")
+
+
+def evicted_error() -> WorkerEvicted:
+    """For what a life that has ended had not had acknowledged."""
+    return WorkerEvicted(
+        "this worker was declared dead and joins again; this update is lost",
+        cause="it was stopped, or cut off, for longer than its lease",
+    )

@@ -81,6 +81,8 @@ class Fleet:
         """Counted in at every shard."""
         self.active = False
         """Does the worker want to be counted in?"""
+        self.floor = 0
+        """The least clock to start at."""
         self.enterers: list[int] = []
         """Tickets that wait for `running`."""
         self._out, self._stats = out, stats
@@ -410,7 +412,7 @@ class Fleet:
                 link.entering = link.outbox.last
         if any(link.entered is None for link in links):
             return
-        self._stats.clock = max([self._stats.clock, *(link.entered or 0 for link in links)])
+        self._stats.clock = max([self._stats.clock, self.floor, *(link.entered or 0 for link in links)])
         for link in links:
             link.started = True
             link.outbox.add(Start(self._incarnation, link.shard, link.outbox.next, self._stats.clock))

@@ -12,11 +12,12 @@ import secrets
 from collections.abc import Mapping, Sequence
 
 from ..protocol.errors import ProtectionError
+from ..protocol.join import SECAGG
 from ..protocol.schema import Buffer
 from ..protocol.secure.checks import Standing, refusal
 from ..protocol.secure.graph import neighbours, sides
 from ..protocol.secure.keys import SIGNATURE_BYTES, Identity, Pair, commitment, pair_key, seal, self_key, unseal, verify
-from ..protocol.secure.plan import SECAGG, Plan, Policy
+from ..protocol.secure.plan import Plan, Policy
 from ..protocol.secure.shares import SHARE_BYTES, split
 from ..protocol.session import MAX_COMPLETE, SEALED_BYTES, Advert, Members, by_rank, consent
 

@@ -22,6 +22,7 @@ from ..protocol.stale import Stale
 from .ahead import Ahead
 from .arrays import Array
 from .loop import Ticket
+from .rounds import Round
 from .views import Views
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Optimizer(torch.optim.Optimizer):
         called, model = model, getattr(model, "_orig_mod", model)
         self._ready = False
         self._ahead: Ahead | None = None
+        self._views: Views | None = None
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._worker, self._inner, self._overlap = worker, optimizer, overlap
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
@@ -86,7 +88,7 @@ class Optimizer(torch.optim.Optimizer):
             )
         self._register(stale)
         if prefetch:
-            self._ahead = Ahead(called, self._all().values(), self._views, self._ended)
+            self._ahead = Ahead(called, self._all().values(), self._seen(), self._ended)
             self._worker._arrivers.append(self._ahead.arrive)
             self._worker._closers.append(self._ahead.close)
         self._ready = True
@@ -99,16 +101,33 @@ class Optimizer(torch.optim.Optimizer):
             arrays |= {name: (buffer, len(rules)) for name, buffer in self._averaged.items()}
             rules = (*rules, Rule("mean"))
         self._worker._register(arrays, rules, None, stale)
-        # Only where nobody steps here: a delta is told from what was pulled, and buffers change in forward passes.
-        self._views = Views(
-            self._worker,
-            self._params if self._rules else {},
-            self._averaged if self._rules else self._all(),
-            self._overlap and not self._averaged,
-        )
-        self._worker._closers.append(self._views.part)
+        self._worker._trainer.arrays = self._all()
+        self._worker._trainer.begins.append(self._round_begins)
+        self._worker._closers.append(self._part)
         self._worker._refreshers.append(self._refresh)
         self._refresh()
+
+    def _seen(self) -> Views:
+        """The model on shoal's memory: while nothing is trained here."""
+        if self._views is None:
+            # Only where nobody steps here: a delta is told from what was pulled, and buffers change in forward passes.
+            self._views = Views(
+                self._worker,
+                self._params if self._rules else {},
+                self._averaged if self._rules else self._all(),
+                self._overlap and not self._averaged,
+            )
+            if self._ahead is not None:
+                self._ahead.look_at(self._views)
+        return self._views
+
+    def _part(self) -> None:
+        """The model on its own memory."""
+        if self._ahead is not None:
+            self._ahead.arrive()
+        if self._views is not None:
+            self._views.part()
+            self._views = None
 
     def _names_of(self, group: dict[str, Any]) -> Iterator[str]:
         names = {id(parameter): name for name, parameter in self._params.items()}
@@ -123,7 +142,10 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             NonFiniteError: a gradient holds NaN or infinity and the server's policy is `error`; nothing was sent.
             ServerLost, WaitTimeout: as `Worker.pull`.
+            ConfigError: in federated mode, outside of a round.
         """
+        if self._worker.federated:
+            return self._local(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -136,12 +158,12 @@ class Optimizer(torch.optim.Optimizer):
             self._refresh()
             return loss
         pushed = self._gradients() if self._rules else self._deltas()
-        early = self._views.left_early(pushed)
+        early = self._seen().left_early(pushed)
         ticket = self._worker._push(pushed, advance=True, examples=None, hyper=self._hyper(), timeout=None, early=early)
         if self._ahead is not None and self._ahead.on:
             self._ahead.ask(ticket)
         else:
-            self._views.pull()
+            self._seen().pull()
             self._ended(ticket)
         return loss
 
@@ -158,7 +180,7 @@ class Optimizer(torch.optim.Optimizer):
     def _gradients(self) -> Mapping[str, Array]:
         scale = getattr(self, "grad_scale", None)
         if scale is None and not self._averaged:
-            return self._views.gradients()
+            return self._seen().gradients()
         found = {name: p.grad for name, p in self._params.items() if p.grad is not None}
         if scale is not None:
             found = {name: gradient / scale for name, gradient in found.items()}
@@ -193,7 +215,34 @@ class Optimizer(torch.optim.Optimizer):
         """Take the newest weights that the staleness rule allows."""
         if self._ahead is not None:
             self._ahead.arrive()
-        self._views.pull()
+        if self._worker.federated:
+            self._part()
+            return self._worker._trainer.take(None)
+        self._seen().pull()
+
+    # --- federated rounds
+
+    def _round_begins(self, _: Round) -> None:
+        self._part()
+        self._inner.state.clear()  # momenta of other weights
+
+    def _local(self, closure: Callable[[], float] | None) -> float | None:
+        """A step of the user's own optimizer, between the weights of a round and its update."""
+        if self._worker._trainer.round is None:
+            raise ConfigError(
+                "in federated mode a step belongs to a round, and none is trained for",
+                cause="opt.step() outside of worker.partition(…) and worker.rounds(…)",
+                hint="for x, y in worker.partition(data, batch_size=…): …",
+            )
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf):
+            return None
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            for parameter in self._params.values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
+        return self._inner.step(closure)
 
     # --- being an optimizer
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from enum import IntEnum
 from math import inf
-from typing import Any, TypeAlias
+from typing import Any
 
-from ..protocol.effects import COORDINATOR, Linked, Received, Send, Tick
+from ..protocol.effects import COORDINATOR, Linked, Received, Send
 from ..protocol.errors import ConfigError, ProtectionError, ProtocolError, RoundClosed, ShoalError
 from ..protocol.messages import Message, Refused
 from ..protocol.repeats import Repeats, note
@@ -45,7 +44,21 @@ from ..protocol.secure.noise import Array
 from ..protocol.secure.plan import Plan, Policy
 from ..protocol.session import STAGES, ascending, read_roster
 from .hand import Hand, refuse
-from .upload import Encoder, Input, Upload, check_input
+from .parley import (
+    KINDS,
+    Declined,
+    Input,
+    Invited,
+    Lost,
+    Over,
+    Remember,
+    Result,
+    RoundEffect,
+    RoundEvent,
+    Shards,
+    Trained,
+)
+from .upload import Encoder, Upload, check_input
 
 REMEMBERED = 64
 """Sessions that are over and not forgotten."""
@@ -63,82 +76,6 @@ class Phase(IntEnum):
     SENDING = 4
     SIGNED = 5
     UNMASKED = 6
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """Event: the training of this session is over."""
-
-    session: int
-    given: Input
-
-
-@dataclass(frozen=True, slots=True)
-class Shards:
-    """Event: the lives of the shards, by index."""
-
-    incarnations: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """Event: this worker was evicted, or its coordinator has a new life."""
-
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Invited:
-    """Effect: a round begins. Pull, train as the plan says, then `Trained`."""
-
-    session: int
-    plan: Plan
-
-
-@dataclass(frozen=True, slots=True)
-class Remember:
-    """Effect: write down that shares were given for this round, or that it is complete, before what follows is done."""
-
-    run: int
-    round: int
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Of a round that this client was part of.
-
-    Attributes:
-        survivors: how many. weight: the sum of their relative weights. metrics: averages.
-        capped: of how many the weight was cut off. clipped: elements of all updates that were.
-    """
-
-    survivors: int
-    weight: float
-    metrics: Mapping[str, float]
-    capped: int
-    clipped: int
-
-
-@dataclass(frozen=True, slots=True)
-class Over:
-    """Effect: a session has ended.
-
-    Attributes:
-        plan: None if it could not be read. result: None if there is an error.
-        released: were shares given?
-        spent: was all of the input sent? Others may have opened the sum that it is in; it MUST NOT be put into another session.
-    """
-
-    session: int
-    plan: Plan | None
-    result: Result | None
-    error: ShoalError | None
-    released: bool
-    spent: bool
-
-
-RoundEvent: TypeAlias = Received | Linked | Tick | Trained | Shards | Lost
-RoundEffect: TypeAlias = Send | Invited | Remember | Over
 
 
 class RoundClient:
@@ -220,7 +157,8 @@ class RoundClient:
         except (ProtocolError, ShoalError) as error:
             self._leave(error)
         if now >= self._give_up_at:
-            self._end(RoundClosed("a federated round was given up: nothing is heard of it", hint="shoal status"))
+            given_up = RoundClosed("a federated round was given up: nothing is heard of it", hint="shoal status")
+            self._end(given_up, abandoned=True)
         for _, message in self._repeats.due(now):
             self._out.append(Send(COORDINATOR, message))
         if self._upload is not None:
@@ -239,8 +177,10 @@ class RoundClient:
                 self._given = given
                 if self.phase == Phase.SEATED:
                     self._deal()
+            case Declined(session, why) if self.phase and session == self.session:
+                self._leave(RoundClosed(f"this worker has declined a federated round: {why}"))
             case Lost(why) if self.phase:
-                self._end(RoundClosed(f"a federated round was interrupted: {why}"))
+                self._end(RoundClosed(f"a federated round was interrupted: {why}"), abandoned=True)
             case _:
                 pass
 
@@ -278,7 +218,7 @@ class RoundClient:
             self._completed(message)
         elif isinstance(message, Abandoned):
             self._note(message)
-            self._end(RoundClosed(f"a federated round was abandoned: {message.why}"))
+            self._end(RoundClosed(f"a federated round was abandoned: {message.why}"), abandoned=True)
         else:
             self.counters["rejected.misplaced"] += 1
 
@@ -330,7 +270,8 @@ class RoundClient:
         if plan.run == self._last[0] and message.session <= self._last[1]:
             return self._note(message)
         if self.phase:
-            self._end(RoundClosed("a federated round was given up by the coordinator, which has begun another"))
+            error = RoundClosed("a federated round was given up by the coordinator, which has begun another")
+            self._end(error, abandoned=True)
         self._note(message)
         self._last = (plan.run, message.session)
         self.session, self.plan, self.phase = message.session, plan, Phase.ADVERTISED
@@ -440,7 +381,9 @@ class RoundClient:
             self._out.append(Send(COORDINATOR, Withdraw(self.incarnation, self.session, type(error).__name__)))
         self._end(error, left=type(error).__name__)
 
-    def _end(self, error: ShoalError | None, result: Result | None = None, left: str = "") -> None:
+    def _end(
+        self, error: ShoalError | None, result: Result | None = None, left: str = "", abandoned: bool = False
+    ) -> None:
         if not self.phase:
             return
         if self._hand is not None:
@@ -449,7 +392,7 @@ class RoundClient:
         while len(self._over) > REMEMBERED:
             self._over.popitem(last=False)
         spent = self._opened or (self._upload is not None and self._upload.sent)
-        self._out.append(Over(self.session, self.plan, result, error, self._opened, spent))
+        self._out.append(Over(self.session, self.plan, result, error, self._opened, spent, abandoned))
         self._clear()
 
 
@@ -460,6 +403,3 @@ _LEGAL: dict[type[Any], tuple[Phase, Callable[[RoundClient, Any], None]]] = {
     Consents: (Phase.SIGNED, RoundClient._agreed),
 }
 """In which phase a message is acted upon. Later it is a repetition; earlier it is out of place."""
-
-KINDS = frozenset({Invite, Released, Abandoned, Noted, *_LEGAL})
-"""What the coordinator says. A shard says `Kept`, and both `Refused`."""

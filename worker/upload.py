@@ -9,43 +9,26 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
 
 import numpy as np
 
 from ..protocol.errors import ConfigError, ShapeError
+from ..protocol.join import SECAGG
 from ..protocol.rounds import Masked
 from ..protocol.schema import Buffer
 from ..protocol.secure.fixed import UNIFORM, Quantiser, auxiliary, finite, ratio
 from ..protocol.secure.masks import AUXILIARY, Masks
 from ..protocol.secure.noise import Array, generator, privatise
-from ..protocol.secure.plan import SECAGG, Plan
+from ..protocol.secure.plan import Plan
 from ..protocol.session import PIECE, Slice
+from .parley import Input
 
 WINDOW = 8
 """Pieces to a shard that are not acknowledged."""
 RETRY = 1.0
-
-
-@dataclass(frozen=True)
-class Input:
-    """What a client puts into a round.
-
-    Attributes:
-        update: its new weights less those that it was given: float32 or float64, one-dimensional, in the plan's order.
-        weight: how much it counts, such as its number of examples. metrics: by name, those that the plan asks for.
-        model: the digest of the weights that it was given, as it computed it.
-    """
-
-    update: Array
-    weight: float
-    metrics: Mapping[str, float]
-    model: bytes
-
-    def __repr__(self) -> str:
-        return f"Input({len(self.update)} elements)"
 
 
 class Encoder:

@@ -15,14 +15,13 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 from ..errors import ConfigError, ProtectionError, ProtocolError
+from ..join import CLEAR, SECAGG
 from .hashing import SIZE, digest, pack, unpack
 from .parameters import CORRUPT, most, violated
 from .privacy import FINE, Skellam
 from .scale import LANES, Scale
 
 VERSION = 1
-SECAGG, CLEAR = "secagg", "clear"
-"""Protections: masked, or every update as it is."""
 STREAM = 1
 """The number of the masks' stream: AES-256-CTR as in `masks`."""
 MAX_BYTES = 1 << 18
