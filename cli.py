@@ -199,6 +199,27 @@ def doctor(join: str | None, as_json: bool) -> int:
 
 
 @shoal.group()
+def keys() -> None:
+    """Keys that are yours to make. The servers make their own."""
+
+
+@keys.command()
+@click.argument("file")
+@click.option("--name", default="NAME", help="The worker's name, for the line that is printed.")
+def identity(file: str, name: str) -> int:
+    """What a worker signs with in federated rounds: made in FILE if it is not there. Prints its line for the list of all.
+
+    \b
+    shoal keys identity ~/.shoal/clinic-a --name clinic-a >> identities.txt
+    """
+    from .launch.identities import load_or_make
+    from .protocol.join import key_text
+
+    click.echo(f"{name} {key_text(load_or_make(file).public)}")
+    return 0
+
+
+@shoal.group()
 def bench() -> None:
     """Measure this machine, beside the limits of the same run."""
 

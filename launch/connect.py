@@ -32,6 +32,8 @@ def connect(
     push_codec: str | None = None,
     pull_codec: str | None = None,
     require: str | Policy | None = None,
+    identity: str | None = None,
+    identities: str | None = None,
 ) -> Worker:
     """Join a cluster as a worker.
 
@@ -47,6 +49,10 @@ def connect(
         pull_codec: how weights travel back: the same but for `topk`; by default `$SHOAL_PULL_CODEC`, else `raw`.
         require: what is demanded of federated rounds: `secagg` (the servers see sums alone), `clear`, or a `shoal.Policy`; by
             default `$SHOAL_REQUIRE`, else what the join string says, which is `secagg` unless it ends in `:clear`.
+
+        identity, identities: the files with what this worker signs with in federated rounds, and with everybody's public keys
+            (`shoal keys identity`); by default `$SHOAL_IDENTITY` and `$SHOAL_IDENTITIES`, else none. With them, servers that lie
+            learn no more than servers that do not.
 
     Raises:
         NoServerError: no server answers in time. AuthError: the keys do not fit. VersionError: the server is another shoal.
@@ -64,6 +70,9 @@ def connect(
         "require": require or os.environ.get("SHOAL_REQUIRE") or None,
         **settle(CODECS, {"push_codec": push_codec, "pull_codec": pull_codec}, "worker"),
     }
+    files = identity or os.environ.get("SHOAL_IDENTITY"), identities or os.environ.get("SHOAL_IDENTITIES")
+    if any(files):
+        options |= _identities(name, *files)
     if found:
         return Worker(read_join(found), attempt=attempt, **options)
     world = next((variable for variable in _WORLDS if os.environ.get(variable, "1") not in ("", "1")), None)
@@ -84,6 +93,18 @@ def connect(
         raise
     worker._on_exit = cluster.close
     return worker
+
+
+def _identities(name: str, identity: str | None, identities: str | None) -> dict[str, Any]:
+    if not identity or not identities:
+        raise ConfigError(
+            "identity and identities belong together: what this worker signs with, and the list of all",
+            hint="$SHOAL_IDENTITY and $SHOAL_IDENTITIES; shoal keys identity FILE",
+        )
+    from .identities import load_list, own
+
+    listed = load_list(identities)
+    return {"identity": own(name, identity, listed), "identities": listed}
 
 
 def check_platform() -> None:

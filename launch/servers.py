@@ -17,6 +17,7 @@ from ..protocol.errors import ConfigError
 from ..protocol.join import DEFAULT_PORT, JoinAddress, is_name, key_text, read_join
 from . import keys
 from .children import ServerProcess
+from .identities import load_list
 from .settings import ROUNDS
 
 
@@ -145,7 +146,11 @@ class Servers:
             "insecure": self.insecure,
             "recipe": {name: s[name] for name in (setting.name for setting in ROUNDS)},
         }
-        self.coordinator = ServerProcess(self._config("coordinator", s["port"], settings=settings), self._log)
+        listed = load_list(s["identities"]) if s["identities"] else {}
+        peers = {name: key_text(key) for name, key in listed.items()}
+        self.coordinator = ServerProcess(
+            self._config("coordinator", s["port"], settings=settings, identities=peers), self._log
+        )
         port = self.coordinator.ready()
         if self._keys:
             pair = self._keys.server_public, self._keys.enrol_secret

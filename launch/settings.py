@@ -218,6 +218,13 @@ SERVER = (
         "Shards to wait for, those of other machines included; by default --shards.",
         "N",
     ),
+    Setting(
+        "identities",
+        text,
+        "",
+        "A list of clients' public keys: federated rounds in which even the servers may lie.",
+        "FILE",
+    ),
     Setting("insecure", truth, False, "No keys, though the address is not loopback. Every status says so.", flag=True),
     *CLUSTER,
 )

@@ -39,8 +39,11 @@ def main() -> int:
         from .recipe import recipe
         from .settings import Settings
 
-        settings = Settings(**config["settings"] | {"recipe": recipe(**config["settings"]["recipe"])})
-        core, label = Coordinator(_random(), settings, wall), "coordinator"
+        settings = Settings(
+            **config["settings"] | {"recipe": recipe(active=bool(config["identities"]), **config["settings"]["recipe"])}
+        )
+        peers = {name: _key(key) for name, key in config["identities"].items()} or None
+        core, label = Coordinator(_random(), settings, wall, peers=peers), "coordinator"
     else:
         import torch
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -89,10 +89,16 @@ class Coordinator:
         run: this life, a random 64-bit number.
         wall: seconds since 1970 at `now = 0`.
         below: a uniform number from 0 up to its argument, without it; draws who is in a round.
+        peers: public keys of clients by name, where rounds need them.
     """
 
     def __init__(
-        self, run: int, settings: Settings, wall: float = 0.0, below: Callable[[int], int] = secrets.randbelow
+        self,
+        run: int,
+        settings: Settings,
+        wall: float = 0.0,
+        below: Callable[[int], int] = secrets.randbelow,
+        peers: Mapping[str, bytes] | None = None,
     ) -> None:
         self.run, self.settings, self.wall = run, settings, wall
         self.now = 0.0
@@ -106,7 +112,9 @@ class Coordinator:
         self.opened_at: float | None = None
         """When `min_workers` were here for the first time."""
         self.modes = Modes(settings.mode, settings.staleness, settings.lease)
-        self.federation = Federation(run, settings.recipe, below, max(settings.min_workers, settings.recipe.fewest))
+        self.federation = Federation(
+            run, settings.recipe, below, max(settings.min_workers, settings.recipe.fewest), peers
+        )
         self._begun = False
         """Has every shard had `min_workers` workers counted in at once?"""
         self.registration = Registration(run)

@@ -8,7 +8,7 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..protocol.effects import Log, Received, Tick
@@ -33,15 +33,22 @@ class Enlisted:
 class Federation:
     """
     Args:
-        run, recipe, below: as `Rounds`. least: so many take part before the first round begins.
+        run, recipe, below, peers: as `Rounds`. least: so many take part before the first round begins.
 
     Attributes:
         rounds: the machine. last: the newest end of a session. abandoned: how many had none.
         said: metrics of the last round, averaged over those who were in it.
     """
 
-    def __init__(self, run: int, recipe: Recipe, below: Callable[[int], int], least: int) -> None:
-        self.rounds = Rounds(run, recipe, below)
+    def __init__(
+        self,
+        run: int,
+        recipe: Recipe,
+        below: Callable[[int], int],
+        least: int,
+        peers: Mapping[str, bytes] | None = None,
+    ) -> None:
+        self.rounds = Rounds(run, recipe, below, peers)
         self.last: Concluded | None = None
         self.abandoned = 0
         self.said: dict[str, float] = {}

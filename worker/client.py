@@ -44,12 +44,13 @@ from .core import Core
 from .data import Partition
 from .exchange import Exchange, first_values
 from .loop import Loop, Ticket
-from .rounds import Round, Trainer, policy_of
+from .rounds import Round, Trainer
 from .stats import Stats
 
 if TYPE_CHECKING:
     import torch
 
+    from ..protocol.secure.keys import Identity
     from .optimizer import Optimizer
 
 logger = logging.getLogger("shoal")
@@ -73,6 +74,7 @@ class Worker:
         transport: `shm` shares memory with the servers, which must be on this machine; `tcp` does not; `auto` where it can be.
         push_codec, pull_codec: what travels to and from servers of other machines is in these; raw by default.
         require: what is demanded of federated rounds: `secagg`, `clear`, or a `Policy`; by default what `address` says.
+        identity, identities: what this worker signs with in federated rounds, and everybody's public keys by name; both, or none.
 
     Raises:
         NoServerError: nobody answers at the address in time.
@@ -92,6 +94,8 @@ class Worker:
         push_codec: Codec = RAW_CODEC,
         pull_codec: Codec = RAW_CODEC,
         require: str | Policy | None = None,
+        identity: Identity | None = None,
+        identities: Mapping[str, bytes] | None = None,
     ) -> None:
         host = socket.gethostname()
         self.name = _checked_name(name) or f"{host[:64]}-{os.getpid()}-{os.urandom(2).hex()}"
@@ -102,7 +106,8 @@ class Worker:
         self._loop = Loop(self._core, address.secret, wait_timeout)
         self._exchange = Exchange(self._loop, self._core.stats, transport, push_codec, pull_codec)
         self._buffers = Buffers(self._exchange)
-        self._trainer = Trainer(self, address.protection if require is None else require)
+        self._core.federation.identify(identity, identities)
+        self._trainer = Trainer(self, address.protection if require is None else require, identity is not None)
         self._examples = 0.0
         self._step_examples: list[float] = []
         self._jobs = 0
@@ -390,8 +395,7 @@ class Worker:
             ProtectionError: a round protects less than is required. WaitTimeout: none has begun in time.
         """
         self._trainer.hold(model, timeout)
-        policy = self._trainer.policy if require is None else policy_of(require)
-        return self._trainer.rounds(float(examples), policy, tuple(metrics), count, timeout)
+        return self._trainer.rounds(float(examples), self._trainer.demanded(require), tuple(metrics), count, timeout)
 
     # --- torch
 

@@ -8,6 +8,7 @@ Rules
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from .parley import Declined, Invited, Lost, Over, RoundEvent, Shards, Trained
 from .stats import Stats
 
 if TYPE_CHECKING:
+    from ..protocol.secure.keys import Identity
     from .round import RoundClient
 
 RETRY = 1.0
@@ -43,6 +45,8 @@ class Federation:
         self.completed = 0
         self._out, self._stats, self._name = out, stats, name
         self._client: RoundClient | None = None
+        self._identity: Identity | None = None
+        self._peers: Mapping[str, bytes] | None = None
         self._released: dict[int, int] = {}
         self._incarnation, self._layout = 0, None  # type: tuple[int, Layout | None]
         self._lives: tuple[int, ...] = ()
@@ -57,6 +61,10 @@ class Federation:
         self._error: ShoalError | None = None
         """Why the last session ended, if this worker has left it and nobody was told."""
         self._now = 0.0
+
+    def identify(self, identity: Identity | None, peers: Mapping[str, bytes] | None) -> None:
+        """What this worker signs with, and the pinned public keys of all by name: both, or neither."""
+        self._identity, self._peers = identity, peers
 
     @property
     def waiting(self) -> bool:
@@ -223,7 +231,7 @@ class Federation:
         elements = sum(flat.elements for flat in self._layout.flats)
         digest = bytes.fromhex(self._layout.digest)
         who = (self._incarnation, self._name, self._policy)
-        self._client = RoundClient(*who, elements, digest, released=self._released)
+        self._client = RoundClient(*who, elements, digest, self._identity, self._peers, self._released)
         self._give(Shards(self._lives))
 
     def _give(self, event: RoundEvent) -> None:

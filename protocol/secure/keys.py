@@ -121,6 +121,25 @@ class Identity:
         return f"Identity(public={self.public.hex()[:8]}…)"
 
 
+_P = (1 << 255) - 19
+_WEAK = frozenset(
+    {0, 1, _P - 1, _P, _P + 1}
+    | {
+        int.from_bytes(bytes.fromhex(text), "little")
+        for text in (
+            "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05",
+            "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a",
+        )
+    }
+)
+"""The y of points of order 8 or less, in every encoding: under such a key some signatures fit any message (RFC 8032, §8.9)."""
+
+
+def is_weak(public: bytes) -> bool:
+    """Is this a public key of an identity that nobody can have drawn, and anybody can sign for?"""
+    return int.from_bytes(public, "little") & ((1 << 255) - 1) in _WEAK
+
+
 def verify(public: bytes, signature: bytes, message: bytes) -> bool:
     """Was this message signed by the identity with this public half? What is no key or no signature was not."""
     try:
