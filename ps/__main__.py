@@ -39,11 +39,10 @@ def main() -> int:
         from .recipe import recipe
         from .settings import Settings
 
-        settings = Settings(
-            **config["settings"] | {"recipe": recipe(active=bool(config["identities"]), **config["settings"]["recipe"])}
-        )
-        peers = {name: _key(key) for name, key in config["identities"].items()} or None
-        core, label = Coordinator(_random(), settings, wall, peers=peers), "coordinator"
+        listed, given = config["identities"], dict(config["settings"])
+        given["recipe"] = recipe(active=bool(listed), **given["recipe"])
+        peers = {name: _key(key) for name, key in listed.items()} or None
+        core, label = Coordinator(_random(), Settings(**given), wall, peers=peers), "coordinator"
     else:
         import torch
 

@@ -79,6 +79,7 @@ def _rounds(c: Coordinator) -> dict[str, Any]:
     last = f.last
     return {
         "protection": c.settings.recipe.protection,
+        "identities": c.settings.recipe.active,
         "completed": f.rounds.completed,
         "wanted": c.settings.recipe.rounds or 0,
         "abandoned": f.abandoned,

@@ -44,6 +44,7 @@ def test_the_defaults() -> None:
     cluster |= {"block_bytes": BLOCK_BYTES, "state_dir": ""}
     cluster |= {"rounds": 0, "round_timeout": 60.0, "protection": "secagg", "cohort": 0, "clip": 1.0, "modulus": 32}
     server = {"bind": "127.0.0.1", "port": 7450, "advertise": "", "shards": 1, "min_shards": 0, "insecure": False}
+    server |= {"identities": ""}
 
     assert cluster == settle(CLUSTER, {})
     assert cluster | server == settle(SERVER, {})
