@@ -107,6 +107,13 @@ def positive(value: Any) -> float:
     return number
 
 
+def share(value: Any) -> float:
+    number = float(value)
+    if not 0 <= number <= 10:
+        raise ValueError("must be from 0 to 10")
+    return number
+
+
 def modulus(value: Any) -> int:
     if str(value) not in ("16", "32"):
         raise ValueError("must be 16 or 32")
@@ -158,6 +165,11 @@ ROUNDS = (
         f"{SECAGG}|{CLEAR}",
     ),
     Setting("cohort", whole(0, 4096), 0, "Workers that are drawn for each round; 0: all.", "N"),
+    Setting(
+        "over", share, 0.0, "So many more are asked, as a share of the cohort; the first of them are enough.", "SHARE"
+    ),
+    Setting("minimum", whole(0, 4096), 0, "Updates that a sum must be of; 0: as many as the protection needs.", "N"),
+    Setting("threshold", whole(0, 4096), 0, "Workers who together open a sum; 0: two thirds of a round.", "T"),
     Setting("clip", positive, 1.0, "The largest change of one weight in one round; what is larger is cut off.", "X"),
     Setting("modulus", modulus, 32, "Bits that a masked weight travels in: 32, or 16 for half the bytes.", "32|16"),
 )

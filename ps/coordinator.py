@@ -48,7 +48,7 @@ from ..protocol.messages import (
     Welcome,
 )
 from ..protocol.records import Member
-from ..protocol.rounds import Enlist
+from ..protocol.rounds import Deal, Enlist
 from .federation import Federation
 from .lobby import Lobby
 from .members import Life, Members, Refusal
@@ -477,8 +477,12 @@ class Coordinator:
         held = self.shards.known(message.incarnation)
         if held is not None:
             held.peer = peer
-        elif self._known(peer, message.incarnation) is None:
-            return
+        else:
+            life = self._known(peer, message.incarnation)
+            if life is None:
+                return
+            if isinstance(message, Deal):  # it fills a shard that is restarted
+                life.round = self.federation.rounds.round
         self._federate(message)
 
     def _federate(self, message: Message | None = None) -> None:

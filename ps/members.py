@@ -41,6 +41,8 @@ class Life:
     renewed_at: float
     clock: int = 0
     entered: bool = False
+    round: int = -1
+    """The last federated round whose weights it has had."""
     registered: int = 0
     """Its place in the order of registration, from 1; 0 before."""
     state: str = "live"

@@ -39,14 +39,28 @@ def recipe(
     cohort: int = 0,
     clip: float = 1.0,
     modulus: int = 32,
+    over: float = 0.0,
+    minimum: int = 0,
+    threshold: int = 0,
     active: bool = False,
 ) -> Recipe:
     """What an operator has typed. `round_timeout`: seconds to train in; nothing else takes longer."""
     most = [min(seconds, round_timeout) for seconds in DEADLINES]
     most[DEAL] = round_timeout
     most[FINISH] = DEADLINES[FINISH]
-    wanted = {"rounds": rounds or None, "clients": cohort or None}
-    return Recipe(protection, active, **wanted, clip=clip, bits=modulus, deadlines=tuple(most), measured=True)  # type: ignore[arg-type]
+    return Recipe(
+        protection,
+        active,
+        cohort or None,
+        over,
+        minimum=minimum or None,
+        threshold=threshold or None,
+        bits=modulus,
+        clip=clip,
+        deadlines=tuple(most),
+        measured=True,
+        rounds=rounds or None,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,7 @@ class Registration:
             self.filler = 0
         elif not alive:
             ready = [life for life in lives if life.registered]
-            best = max(ready, key=lambda life: (life.entered, life.clock, -life.registered), default=None)
+            best = max(ready, key=lambda life: (life.entered, life.clock, life.round, -life.registered), default=None)
             self.filler = best.incarnation if best else 0
         return self.filler != before
 

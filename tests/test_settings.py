@@ -42,7 +42,17 @@ def test_the_defaults() -> None:
     """What a newcomer gets; a change of these changes what the pages say."""
     cluster = {"mode": "async", "staleness": 3.0, "lease": 15.0, "min_workers": 1, "nonfinite": "error"}
     cluster |= {"block_bytes": BLOCK_BYTES, "state_dir": ""}
-    cluster |= {"rounds": 0, "round_timeout": 60.0, "protection": "secagg", "cohort": 0, "clip": 1.0, "modulus": 32}
+    cluster |= {
+        "rounds": 0,
+        "round_timeout": 60.0,
+        "protection": "secagg",
+        "cohort": 0,
+        "clip": 1.0,
+        "modulus": 32,
+        "over": 0.0,
+        "minimum": 0,
+        "threshold": 0,
+    }
     server = {"bind": "127.0.0.1", "port": 7450, "advertise": "", "shards": 1, "min_shards": 0, "insecure": False}
     server |= {"identities": ""}
 
