@@ -20,6 +20,7 @@ from typing import Any
 
 from ..protocol.codecs import Codec, pull_codec, push_codec
 from ..protocol.errors import ConfigError
+from ..protocol.federated import ServerRule
 from ..protocol.join import CLEAR, DEFAULT_PORT, SECAGG
 from ..protocol.layout import BLOCK_BYTES, MAX_BLOCK_BYTES, MIN_BLOCK_BYTES
 from ..protocol.phases import MODES
@@ -114,6 +115,22 @@ def share(value: Any) -> float:
     return number
 
 
+def not_negative(value: Any) -> float:
+    number = float(value)
+    if not 0 <= number < math.inf:
+        raise ValueError("must be 0 or more, and finite")
+    return number
+
+
+def server_optimizer(value: Any) -> str:
+    """A name, and numbers if they are not the usual ones: fedadam:lr=0.03,tau=0.01."""
+    try:
+        ServerRule.parse(str(value))
+    except ConfigError as error:
+        raise ValueError(f"must be a server optimizer: {error.what}") from None
+    return str(value)
+
+
 def modulus(value: Any) -> int:
     if str(value) not in ("16", "32"):
         raise ValueError("must be 16 or 32")
@@ -170,6 +187,14 @@ ROUNDS = (
     ),
     Setting("minimum", whole(0, 4096), 0, "Updates that a sum must be of; 0: as many as the protection needs.", "N"),
     Setting("threshold", whole(0, 4096), 0, "Workers who together open a sum; 0: two thirds of a round.", "T"),
+    Setting(
+        "server_optimizer",
+        server_optimizer,
+        "fedavg",
+        "What is done with the average: fedavg, fedavgm, fedadagrad, fedadam or fedyogi, with numbers as fedadam:lr=0.03.",
+        "NAME[:X=…,…]",
+    ),
+    Setting("prox", not_negative, 0.0, "FedProx: how much a local step is drawn back to the round's weights.", "MU"),
     Setting("clip", positive, 1.0, "The largest change of one weight in one round; what is larger is cut off.", "X"),
     Setting("modulus", modulus, 32, "Bits that a masked weight travels in: 32, or 16 for half the bytes.", "32|16"),
 )

@@ -17,7 +17,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ..protocol.effects import COORDINATOR, Peer, Received, Send, Tick
-from ..protocol.errors import ProtocolError
+from ..protocol.errors import ConfigError, ProtocolError
+from ..protocol.federated import ServerRule
 from ..protocol.join import SECAGG
 from ..protocol.messages import Message, Refused
 from ..protocol.repeats import Repeats, note
@@ -61,12 +62,13 @@ class Apply:
     """Effect: the average update of this shard's elements is to be applied, all of it, before what follows is done.
 
     Attributes:
-        update: float32, in the order of the blocks.
+        update: float32, in the order of the blocks. rule: how it changes the weights.
     """
 
     run: int
     round: int
     update: Array = field(repr=False)
+    rule: ServerRule = field(default_factory=ServerRule)
 
 
 RoundEffect: TypeAlias = Send | Apply
@@ -87,8 +89,9 @@ class _Sum:
         start: the number of the shard's first element.
     """
 
-    def __init__(self, begin: Begin, plan: Plan, start: int, slice_: Slice) -> None:
+    def __init__(self, begin: Begin, plan: Plan, rule: ServerRule, start: int, slice_: Slice) -> None:
         self.session, self.plan, self.start, self.slice = begin.session, plan, start, slice_
+        self.rule = rule
         self.count = len(begin.members)
         self.ranks = {incarnation: rank for rank, incarnation in enumerate(begin.members)}
         self.masked = plan.protection == SECAGG
@@ -212,7 +215,11 @@ class Accumulator:
                 raise ProtocolError("malformed", "a round while another waits for its end")
             self._drop()
             width = plan.bits // 8 if plan.protection == SECAGG else np.dtype(np.float32).itemsize
-            self._sum = _Sum(message, plan, start, Slice(self._elements, width, plan.lanes))
+            try:
+                rule = ServerRule.read(dict(plan.training))
+            except ConfigError as error:
+                raise ProtocolError("malformed", error.what) from None
+            self._sum = _Sum(message, plan, rule, start, Slice(self._elements, width, plan.lanes))
             self._last = message.session, NOTHING
         self._note(message)
 
@@ -253,7 +260,7 @@ class Accumulator:
     def _released(self, message: Released) -> None:
         held = self._of(message.session)
         if held is not None and held.result is not None:
-            self._out.append(Apply(held.plan.run, held.plan.round, held.result))
+            self._out.append(Apply(held.plan.run, held.plan.round, held.result, held.rule))
             self._drop()
             self._last = message.session, APPLIED
             self.rounds += 1

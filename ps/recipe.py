@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..protocol.errors import ConfigError
+from ..protocol.federated import PROX, ServerRule
 from ..protocol.join import SECAGG
 from ..protocol.rounds import MAX_METRICS
 from ..protocol.secure.parameters import CORRUPT, DROPOUT, LEAST, resolve
@@ -42,6 +43,8 @@ def recipe(
     over: float = 0.0,
     minimum: int = 0,
     threshold: int = 0,
+    server_optimizer: str = "fedavg",
+    prox: float = 0.0,
     active: bool = False,
 ) -> Recipe:
     """What an operator has typed. `round_timeout`: seconds to train in; nothing else takes longer."""
@@ -57,6 +60,7 @@ def recipe(
         threshold=threshold or None,
         bits=modulus,
         clip=clip,
+        training=(*ServerRule.parse(server_optimizer).settings, (PROX, prox)),
         deadlines=tuple(most),
         measured=True,
         rounds=rounds or None,

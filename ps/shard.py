@@ -406,7 +406,7 @@ class Shard:
         assert self.accumulator is not None and self.weights is not None
         for effect in self.accumulator.handle(event, self._now):
             if isinstance(effect, Apply):
-                self.weights.add(effect.update)
+                self.weights.federate(effect.update, effect.rule)
             else:
                 self._out.append(effect)
 

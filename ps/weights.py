@@ -19,6 +19,7 @@ import torch
 from ..protocol.codecs import RAW
 from ..protocol.coding import decode
 from ..protocol.errors import ProtocolError
+from ..protocol.federated import ServerRule
 from ..protocol.frames import payload_bytes
 from ..protocol.layout import Layout
 from ..protocol.messages import Fill, Push
@@ -26,6 +27,7 @@ from ..protocol.schema import Buffer
 from ..protocol.session import blocks_digest
 from .answers import PART_BYTES
 from .averaging import StepAverage
+from .fedopt import FedOpt
 from .rules import Ranges
 from .stale import Remedy
 from .store import Misfit, Store
@@ -58,6 +60,7 @@ class Weights:
         self.staleness: Counter[int] = Counter()
         """How many pushes in `async` had which staleness: that of their stalest block (SPEC §13.2)."""
         self.remedy = Remedy(layout.spec.stale, layout.spec.groups, self.store)
+        self.federated: FedOpt | None = None
         self._filling: set[int] = set()
         self._average = StepAverage()
         self._collected: dict[int, list[Push]] = {}
@@ -80,12 +83,16 @@ class Weights:
         """Of the values as they are now (SPEC §14.4)."""
         return blocks_digest(map(self.store.snapshot, self.store.blocks))
 
-    def add(self, update: np.ndarray[Any, np.dtype[np.float32]]) -> None:
-        """The average of a federated round, over all blocks in order."""
+    def federate(self, update: np.ndarray[Any, np.dtype[np.float32]], rule: ServerRule) -> None:
+        """The average of a federated round, over all blocks in order. Where tensors are means, it is added as it is."""
+        if self.federated is None or self.federated.rule != rule:
+            self.federated = FedOpt(rule)
         start = 0
         for block in self.store.blocks:
             stop = start + self.store.elements(block)
-            self.store.add(block, torch.from_numpy(update[start:stop]))
+            average = torch.from_numpy(update[start:stop])
+            mean = self.layout.spec.groups[self.store.group(block)].name == "mean"
+            self.store.add(block, average if mean else self.federated.change(block, average))
             start = stop
         self.updates += 1
 

@@ -50,7 +50,15 @@ ONLY = {
 EVERYWHERE = {"zmq": (*ROOMS[:5], ""), "click": (*ROOMS[:5], "")}
 
 TORCH = {
-    *("ps/rules.py", "ps/weights.py", "ps/averaging.py", "ps/store.py", "ps/stale.py"),
+    *(
+        "ps/fedopt.py",
+        "worker/scaffold.py",
+        "ps/rules.py",
+        "ps/weights.py",
+        "ps/averaging.py",
+        "ps/store.py",
+        "ps/stale.py",
+    ),
     *("worker/optimizer.py", "worker/views.py"),
 }
 """Who imports torch when it is imported itself; others do it when they are given a tensor, or not at all."""

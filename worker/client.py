@@ -408,6 +408,7 @@ class Worker:
         overlap: bool = True,
         prefetch: bool = False,
         stale: Option = None,
+        scaffold: bool = False,
     ) -> Optimizer:
         """Wrap a torch optimizer: `step` pushes gradients, ends the step, and takes weights within the bound.
 
@@ -422,13 +423,15 @@ class Worker:
                 when the model is called. Between the two its parameters are those before the step, which is why this is to be
                 asked for. Takes the memory of another copy of the model.
             stale: as in `register`; only with an optimizer that runs on the shards.
+            scaffold: in federated rounds, control variates for owners whose data differ (Karimireddy et al. 2020); for plain SGD.
+                All workers must agree. Twice as much travels.
 
         Raises:
             ConfigError: a parameter of the optimizer is not in the model, or a setting is unknown or has no effect.
         """
         from .optimizer import Optimizer
 
-        return Optimizer(self, optimizer, model, buffers, overlap, prefetch, read_option(stale))
+        return Optimizer(self, optimizer, model, buffers, overlap, prefetch, read_option(stale), scaffold)
 
     # --- data
 

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 
 from ..protocol.errors import ConfigError, ServerLost, WorkerEvicted
+from ..protocol.federated import PROX
 from ..protocol.rules import FLAGS, RULES, Rule
 from ..protocol.stale import Stale
 from .ahead import Ahead
 from .arrays import Array
 from .loop import Ticket
 from .rounds import Round
+from .scaffold import Scaffold
 from .views import Views
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class Optimizer(torch.optim.Optimizer):
         overlap: bool,
         prefetch: bool,
         stale: Stale,
+        scaffold: bool,
     ) -> None:
         if isinstance(optimizer, Optimizer):
             raise ConfigError("this optimizer is wrapped already")
@@ -73,6 +76,7 @@ class Optimizer(torch.optim.Optimizer):
         self.param_groups, self.state = optimizer.param_groups, optimizer.state
         self._params = _named(optimizer, model)
         self._averaged = {n: b for n, b in model.named_buffers() if b.is_floating_point()} if buffers == "mean" else {}
+        self._scaffold = Scaffold(optimizer, self._params) if scaffold else None
         rule = _ON_SHARDS.get(type(optimizer))
         self._rules = tuple(Rule(rule, _numbers(rule, group)) for group in self.param_groups) if rule else ()
         if rule is None:
@@ -97,12 +101,17 @@ class Optimizer(torch.optim.Optimizer):
         groups = {name: number for number, group in enumerate(self.param_groups) for name in self._names_of(group)}
         arrays: dict[str, tuple[Array, int]] = {name: (self._params[name], groups[name]) for name in groups}
         rules = self._rules or tuple(Rule("delta") for _ in self.param_groups)
-        if self._averaged:
-            arrays |= {name: (buffer, len(rules)) for name, buffer in self._averaged.items()}
+        controls = self._scaffold.server if self._scaffold else {}
+        if self._averaged or controls:
+            arrays |= {name: (tensor, len(rules)) for name, tensor in (self._averaged | controls).items()}
             rules = (*rules, Rule("mean"))
         self._worker._register(arrays, rules, None, stale)
-        self._worker._trainer.arrays = self._all()
-        self._worker._trainer.begins.append(self._round_begins)
+        trainer = self._worker._trainer
+        trainer.arrays = self._all() | controls
+        trainer.begins.append(self._round_begins)
+        if self._scaffold is not None:
+            trainer.submits.append(self._scaffold.conclude)
+            trainer.ends.append(self._scaffold.ended)
         self._worker._closers.append(self._part)
         self._worker._refreshers.append(self._refresh)
         self._refresh()
@@ -209,7 +218,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise ConfigError(
                     f"group {index} of {rule.name} has {numbers}: numbers must be finite, and flags stay as registered"
                 )
-        return (*now, ()) if self._averaged else now
+        return (*now, ()) if self._averaged or self._scaffold else now
 
     def _refresh(self) -> None:
         """Take the newest weights that the staleness rule allows."""
@@ -225,10 +234,13 @@ class Optimizer(torch.optim.Optimizer):
     def _round_begins(self, _: Round) -> None:
         self._part()
         self._inner.state.clear()  # momenta of other weights
+        if self._scaffold is not None:
+            self._scaffold.begin()
 
     def _local(self, closure: Callable[[], float] | None) -> float | None:
         """A step of the user's own optimizer, between the weights of a round and its update."""
-        if self._worker._trainer.round is None:
+        round_ = self._worker._trainer.round
+        if round_ is None:
             raise ConfigError(
                 "in federated mode a step belongs to a round, and none is trained for",
                 cause="opt.step() outside of worker.partition(…) and worker.rounds(…)",
@@ -242,6 +254,13 @@ class Optimizer(torch.optim.Optimizer):
             for parameter in self._params.values():
                 if parameter.grad is not None:
                     parameter.grad.div_(scale)
+        if closure is not None and (self._scaffold is not None or round_.settings.get(PROX)):
+            raise ConfigError(
+                "a closure makes its own gradients, and prox and scaffold change them", hint="opt.step() without"
+            )
+        round_.draw_back()
+        if self._scaffold is not None:
+            self._scaffold.correct()
         return self._inner.step(closure)
 
     # --- being an optimizer

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..protocol.errors import ConfigError, NonFiniteError, ProtectionError, RoundClosed
+from ..protocol.federated import PROX
 from ..protocol.join import CLEAR, SECAGG
 from ..protocol.layout import Block
 from ..protocol.rounds import MAX_METRICS
@@ -116,9 +117,26 @@ class Round:
         if self._submitted:
             raise RoundClosed("this round has had this worker's update already")
         weight = self._examples if examples is None else float(examples)
+        for prepare in self._trainer.submits:
+            prepare()
         given = self._trainer.input(self._plan, weight, {k: float(v) for k, v in (metrics or {}).items()})
         self._submitted = True
-        return self._trainer.submit(self._session, given, timeout)
+        applied = False
+        try:
+            outcome = self._trainer.submit(self._session, given, timeout)
+            applied = outcome.applied
+        finally:
+            for end in self._trainer.ends:
+                end(applied)
+        return outcome
+
+    def draw_back(self) -> None:
+        """FedProx (Li et al. 2020): add to the gradients that a torch model has what draws it back to the round's weights.
+
+        To be called between `backward` and `step`; `opt.step()` of a wrapped optimizer does it. It is nothing unless the
+        servers were started with `--prox`.
+        """
+        self._trainer.draw_back(float(self.settings.get(PROX, 0.0)))
 
     def decline(self, why: str) -> None:
         """Put nothing in."""
@@ -143,6 +161,10 @@ class Trainer:
         """What is trained, by registered name."""
         self.begins: list[Callable[[Round], None]] = []
         """Called when the weights of a round are in the arrays."""
+        self.submits: list[Callable[[], None]] = []
+        """Called before the arrays are looked at for an update."""
+        self.ends: list[Callable[[bool], None]] = []
+        """Called when a round that had an update is over: was it applied?"""
         self.round: Round | None = None
         """The one that is trained for."""
         self.metrics: dict[str, float] = {}
@@ -179,6 +201,7 @@ class Trainer:
         arrays = dict(model) if isinstance(model, Mapping) else _floating(model)
         if exchange.cache is None:
             worker._register({name: (array, 0) for name, array in arrays.items()}, (Delta(),), timeout, Stale())
+        arrays = {**self.arrays, **arrays}
         missing = sorted(exchange.templates.keys() - arrays.keys())
         if missing:
             raise ConfigError(f"the model that is registered has {missing[0]!r}, and this one has not")
@@ -264,6 +287,15 @@ class Trainer:
     def decline(self, session: int, why: str) -> None:
         if self._worker._loop.usable:
             self._worker._loop.tell(calls.DeclineCalled(session, why))
+
+    def draw_back(self, mu: float) -> None:
+        """As `Round.draw_back`."""
+        given = self._worker.buffers.weights if mu else {}
+        for name, array in self.arrays.items() if mu else ():
+            gradient = getattr(array, "grad", None)
+            if gradient is not None:
+                weights = array.detach()
+                gradient.add_(weights - given[name].to(weights.device), alpha=mu)
 
     # --- weights in, update out
 
