@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .protocol.secure.plan import Policy
     from .protocol.stale import Compensate
     from .worker.client import Worker
+    from .worker.split import split
 
 _HOMES = {
     "connect": "launch.connect",
@@ -39,6 +40,7 @@ _HOMES = {
     **dict.fromkeys(("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Delta"), "protocol.rules"),
     "Compensate": "protocol.stale",
     "Policy": "protocol.secure.plan",
+    "split": "worker.split",
     **dict.fromkeys(
         (
             "AuthError",
@@ -83,6 +85,7 @@ __all__ = [
     "WorkerEvicted",
     "__version__",
     "connect",
+    "split",
 ]
 
 

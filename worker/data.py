@@ -58,7 +58,7 @@ class Partition:
             raise ConfigError(f"seed is {seed!r}, not a whole number from 0 to 2**63 - 1")
         if len(name) > MAX_NAME:
             raise ConfigError(f"the name of a data set has at most {MAX_NAME} characters")
-        self._length, self._take = _reader(data)
+        self._length, self._take = reader(data)
         if size is None:
             size = max(1, -(-self._length // (PARTITIONS * batch_size))) * batch_size
         elif size % batch_size:
@@ -166,7 +166,7 @@ class Partition:
         return np.random.default_rng([self._seed, zlib.crc32(self._name.encode()), *which]).permutation(self._length)
 
 
-def _reader(data: Any) -> tuple[int, Callable[[np.ndarray[Any, Any]], Any]]:
+def reader(data: Any) -> tuple[int, Callable[[np.ndarray[Any, Any]], Any]]:
     """(number of examples, how to take some of them by index)."""
     torch_data = sys.modules.get("torch.utils.data")
     if torch_data is not None and isinstance(data, torch_data.DataLoader):
