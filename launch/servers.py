@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..protocol.errors import ConfigError
-from ..protocol.join import DEFAULT_PORT, JoinAddress, is_name, key_text, read_join
+from ..protocol.federated import Aggregate
+from ..protocol.join import CLEAR, DEFAULT_PORT, JoinAddress, is_name, key_text, read_join
 from . import keys
 from .children import ServerProcess
 from .identities import load_list
@@ -41,6 +42,7 @@ class Servers:
         self.shards: list[ServerProcess] = []
         bind = settings["bind"]
         self._check_bind(bind)
+        self._check_rounds()
         local = is_loopback(bind)
         self.insecure = bool(settings["insecure"]) and not local
         self._keys = None if local or self.insecure else keys.load_or_make(keys.state_dir(settings["state_dir"]))
@@ -101,6 +103,14 @@ class Servers:
             raise ConfigError(
                 f"--bind {bind}: the name does not resolve", hint="an address that `ip address` shows"
             ) from None
+
+    def _check_rounds(self) -> None:
+        aggregate, protection = self._settings["aggregate"], self._settings["protection"]
+        if Aggregate.parse(aggregate).name != "mean" and protection != CLEAR:
+            raise ConfigError(
+                f"--aggregate {aggregate} needs every update as it is, and with --protection {protection} there are only sums",
+                hint=f"--protection {CLEAR}, or --aggregate mean",
+            )
 
     def _check_join(self, address: JoinAddress) -> None:
         if address.secret and not self._keys:

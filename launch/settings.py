@@ -20,7 +20,7 @@ from typing import Any
 
 from ..protocol.codecs import Codec, pull_codec, push_codec
 from ..protocol.errors import ConfigError
-from ..protocol.federated import ServerRule
+from ..protocol.federated import Aggregate, ServerRule
 from ..protocol.join import CLEAR, DEFAULT_PORT, SECAGG
 from ..protocol.layout import BLOCK_BYTES, MAX_BLOCK_BYTES, MIN_BLOCK_BYTES
 from ..protocol.phases import MODES
@@ -122,6 +122,14 @@ def not_negative(value: Any) -> float:
     return number
 
 
+def aggregate(value: Any) -> str:
+    try:
+        Aggregate.parse(str(value))
+    except ConfigError as error:
+        raise ValueError(f"must be an aggregate: {error.what}") from None
+    return str(value)
+
+
 def server_optimizer(value: Any) -> str:
     """A name, and numbers if they are not the usual ones: fedadam:lr=0.03,tau=0.01."""
     try:
@@ -192,6 +200,13 @@ ROUNDS = (
         server_optimizer,
         "fedavg",
         "What is done with the average: fedavg, fedavgm, fedadagrad, fedadam or fedyogi, with numbers as fedadam:lr=0.03.",
+        "NAME[:X=…,…]",
+    ),
+    Setting(
+        "aggregate",
+        aggregate,
+        "mean",
+        "What is made of the updates: mean; in the clear also median, trimmed:share=0.1, krum:faulty=1, multikrum:faulty=1,keep=3.",
         "NAME[:X=…,…]",
     ),
     Setting("prox", not_negative, 0.0, "FedProx: how much a local step is drawn back to the round's weights.", "MU"),

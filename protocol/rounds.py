@@ -204,6 +204,8 @@ class Finish:
     incarnation: U64
     session: U64
     survivors: Indices
+    chosen: Indices
+    """Of the survivors, those whose updates count; empty: all."""
     buffers: Buffers = field(repr=False)
 
 
@@ -218,6 +220,23 @@ class Finished:
     capped: U64
     clipped: U64
     metrics: Numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """How far are the updates here from each other?"""
+
+    TYPE: ClassVar[int] = 88
+    incarnation: U64
+    session: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    TYPE: ClassVar[int] = 89
+    incarnation: U64
+    session: U64
+    buffers: Buffers = field(repr=False)
 
 
 # --- to all
@@ -303,10 +322,12 @@ RoundMessage: TypeAlias = (
     | Unmask
     | Finish
     | Finished
+    | Measure
+    | Measured
     | Released
     | Abandoned
     | Withdraw
     | Noted
 )
-ONE_BUFFER = (Recalled, Invite, Advertise, Roster, Deal, Begin, Relay, Masked, Consent, Consents, Unmask)
+ONE_BUFFER = (Recalled, Invite, Advertise, Roster, Deal, Begin, Relay, Masked, Consent, Consents, Unmask, Measured)
 TWO_BUFFERS = (Finish,)

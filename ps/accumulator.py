@@ -18,7 +18,7 @@ import numpy as np
 
 from ..protocol.effects import COORDINATOR, Peer, Received, Send, Tick
 from ..protocol.errors import ConfigError, ProtocolError
-from ..protocol.federated import ServerRule
+from ..protocol.federated import Aggregate, ServerRule
 from ..protocol.join import SECAGG
 from ..protocol.messages import Message, Refused
 from ..protocol.repeats import Repeats, note
@@ -34,6 +34,8 @@ from ..protocol.rounds import (
     Finished,
     Kept,
     Masked,
+    Measure,
+    Measured,
     Noted,
     Recall,
     Recalled,
@@ -47,6 +49,7 @@ from ..protocol.secure.noise import Array, restore
 from ..protocol.secure.plan import Plan
 from ..protocol.secure.scale import WEIGHT
 from ..protocol.session import PIECE, Slice, ascending, ends
+from .robust import distances, finite, mean, median, trimmed
 
 KEY_BYTES = 32
 REMEMBERED = 64
@@ -89,9 +92,13 @@ class _Sum:
         start: the number of the shard's first element.
     """
 
-    def __init__(self, begin: Begin, plan: Plan, rule: ServerRule, start: int, slice_: Slice) -> None:
+    def __init__(
+        self, begin: Begin, plan: Plan, rule: ServerRule, aggregate: Aggregate, start: int, slice_: Slice
+    ) -> None:
         self.session, self.plan, self.start, self.slice = begin.session, plan, start, slice_
-        self.rule = rule
+        self.rule, self.aggregate = rule, aggregate
+        self.rows: dict[int, Array] = {}
+        """By rank, updates that are not summed, where all are needed."""
         self.count = len(begin.members)
         self.ranks = {incarnation: rank for rank, incarnation in enumerate(begin.members)}
         self.masked = plan.protection == SECAGG
@@ -113,6 +120,8 @@ class _Sum:
         lanes = memory[self.slice.auxiliary :].view(np.uint64)
         if self.masked:
             np.add(self.main, main, out=self.main)
+        elif self.aggregate.name != "mean":
+            self.rows[rank] = main.copy()
         else:
             np.multiply(main, np.float32(int(lanes[WEIGHT]) / UNIT), out=main)
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is noticed in the sum
@@ -216,10 +225,10 @@ class Accumulator:
             self._drop()
             width = plan.bits // 8 if plan.protection == SECAGG else np.dtype(np.float32).itemsize
             try:
-                rule = ServerRule.read(dict(plan.training))
+                rule, aggregate = ServerRule.read(dict(plan.training)), Aggregate.read(dict(plan.training))
             except ConfigError as error:
                 raise ProtocolError("malformed", error.what) from None
-            self._sum = _Sum(message, plan, rule, start, Slice(self._elements, width, plan.lanes))
+            self._sum = _Sum(message, plan, rule, aggregate, start, Slice(self._elements, width, plan.lanes))
             self._last = message.session, NOTHING
         self._note(message)
 
@@ -244,6 +253,14 @@ class Accumulator:
 
     def _misplaced(self) -> None:
         self.counters["rejected.misplaced"] += 1
+
+    def _measure(self, message: Measure) -> None:
+        held = self._of(message.session)
+        if held is None or held.finish is not None:
+            return self._misplaced()
+        self._note(message)
+        found = distances([held.rows[rank] for rank in sorted(held.rows)])
+        self._say(Measured(self.incarnation, held.session, (found.astype("<f8").tobytes(),)))
 
     def _finish(self, message: Finish) -> None:
         held = self._of(message.session)
@@ -299,7 +316,8 @@ class Accumulator:
         """Remove the masks and look at what is left, a part at a time."""
         finish, plan = held.finish, held.plan
         assert finish is not None
-        if set(finish.survivors) != held.added or len(held.added) != len(finish.survivors):
+        wrong = set(finish.survivors) != held.added or len(held.added) != len(finish.survivors)
+        if wrong or not set(finish.chosen) <= held.added or bool(finish.chosen) != held.aggregate.chooses:
             raise ProtocolError("malformed", "the survivors are not those whose slices were added here")
         Masks(add, subtract, AUXILIARY).apply(held.lanes)
         counted = totals(held.lanes, len(held.added), plan.cap, plan.elements)
@@ -331,6 +349,8 @@ class Accumulator:
             restore(main, plan.noise, counted.clients, result)
         elif held.masked:
             average(main, plan.scale(held.count), counted.clients, counted.weight, result)
+        elif held.rows:
+            _robust(held, result)
         else:
             np.divide(main, np.float32(counted.weight), out=result)
         return result
@@ -373,11 +393,30 @@ class Accumulator:
         self._out.append(Send(peer, Refused(message.session, ROUND_CLOSED, "this shard has no such round")))
 
 
+def _robust(held: _Sum, out: Array) -> None:
+    """By a rule that needs all updates.
+
+    Raises:
+        ProtocolError: `malformed`: none of them is finite.
+    """
+    assert held.finish is not None
+    chosen = held.finish.chosen or sorted(held.rows)
+    rows = finite([held.rows[rank] for rank in chosen])
+    if held.aggregate.name == "median":
+        median(rows, out)
+    elif held.aggregate.name == "trimmed":
+        trimmed(rows, held.aggregate.named["share"], out)
+    else:
+        mean(rows, out)
+    held.rows.clear()
+
+
 _FROM_COORDINATOR: dict[type[Any], Callable[[Accumulator, Any], None]] = {
     Noted: Accumulator._noted,
     Recall: Accumulator._recall,
     Begin: Accumulator._begin,
     Ruling: Accumulator._ruling,
+    Measure: Accumulator._measure,
     Finish: Accumulator._finish,
     Released: Accumulator._released,
     Abandoned: Accumulator._abandoned,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..protocol.errors import ConfigError
-from ..protocol.federated import PROX, ServerRule
+from ..protocol.federated import PROX, Aggregate, ServerRule
 from ..protocol.join import SECAGG
 from ..protocol.rounds import MAX_METRICS
 from ..protocol.secure.parameters import CORRUPT, DROPOUT, LEAST, resolve
@@ -24,6 +24,8 @@ DEADLINES = (20.0, 600.0, 60.0, 600.0, 20.0, 60.0, 120.0)
 """Seconds, by stage: advertise, deal, turn, masked, consent, unmask, finish."""
 
 
+MOST_MEASURED = 1024
+"""Clients between whom distances are taken: they travel in one buffer."""
 CAP, FIRST = 8.0, 256.0
 """The largest weight relative to the mean of the last round; in a first round, the largest relative to itself."""
 
@@ -44,6 +46,7 @@ def recipe(
     minimum: int = 0,
     threshold: int = 0,
     server_optimizer: str = "fedavg",
+    aggregate: str = "mean",
     prox: float = 0.0,
     active: bool = False,
 ) -> Recipe:
@@ -60,7 +63,7 @@ def recipe(
         threshold=threshold or None,
         bits=modulus,
         clip=clip,
-        training=(*ServerRule.parse(server_optimizer).settings, (PROX, prox)),
+        training=(*ServerRule.parse(server_optimizer).settings, *Aggregate.parse(aggregate).settings, (PROX, prox)),
         deadlines=tuple(most),
         measured=True,
         rounds=rounds or None,
@@ -139,6 +142,15 @@ class Recipe:
         if len(self.deadlines) != STAGES:
             raise ConfigError(f"{len(self.deadlines)} deadlines for {STAGES} stages")
         masked = self.protection == SECAGG
+        aggregate = Aggregate.read(dict(self.training))
+        if aggregate.name != "mean" and (masked or self.noise):
+            raise ConfigError(
+                f"{aggregate.name} needs every update as it is, and in {self.protection} there are only sums",
+                hint="--protection clear, or --aggregate mean",
+            )
+        needed = 2 * int(aggregate.named.get("faulty", 0)) + 3 if aggregate.chooses else 1
+        if not needed <= cohort <= (MOST_MEASURED if aggregate.chooses else cohort):
+            raise ConfigError(f"{aggregate.name} needs {needed} to {MOST_MEASURED} clients, and {cohort} are here")
         degree = threshold = 0
         minimum = min(cohort, self.minimum or 1)
         if masked:

@@ -17,6 +17,7 @@ from math import inf
 from typing import Any
 
 from ..protocol.errors import ProtocolError
+from ..protocol.federated import Aggregate
 from ..protocol.messages import Message, Refused
 from ..protocol.repeats import Repeats, note
 from ..protocol.rounds import (
@@ -31,6 +32,8 @@ from ..protocol.rounds import (
     Finish,
     Finished,
     Invite,
+    Measure,
+    Measured,
     Noted,
     Relay,
     Released,
@@ -61,6 +64,7 @@ from ..protocol.session import (
     pack_roster,
     read_advert,
 )
+from .krum import choose, total
 from .ruling import Turns
 from .unmasking import Dealt, Unmasking
 
@@ -76,11 +80,12 @@ class Stage(IntEnum):
     ADVERTISE = 0
     DEAL = 1
     MASKED = 2
-    CONSENT = 3
-    UNMASK = 4
-    FINISH = 5
-    RELEASED = 6
-    ABANDONED = 7
+    MEASURE = 3
+    CONSENT = 4
+    UNMASK = 5
+    FINISH = 6
+    RELEASED = 7
+    ABANDONED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +150,8 @@ class Session:
         """Who has a turn that not every shard knows of."""
         self._consents: dict[int, bytes] = {}
         self._unmasking: Unmasking | None = None
+        self._aggregate = Aggregate.read(dict(plan.training))
+        self._measured: dict[int, Measured] = {}
         self._finished: dict[int, Finished] = {}
         self.settled = False
         """Has every shard noted the end? Clients hear of a result then, so that they pull what it made."""
@@ -194,7 +201,9 @@ class Session:
         if isinstance(message, Arrived):
             if self.stage == Stage.MASKED and self._turns:
                 self._turns.arrived(index, [rank for rank in message.ranks if rank < len(self._members)])
-        elif self.stage == Stage.FINISH:
+        elif isinstance(message, Measured) and self.stage == Stage.MEASURE:
+            self._measured.setdefault(index, message)
+        elif isinstance(message, Finished) and self.stage == Stage.FINISH:
             self._finished.setdefault(index, message)
 
     def _from_worker(self, incarnation: int, message: Any, now: float) -> None:
@@ -320,6 +329,11 @@ class Session:
                 self._close(self._members[rank])
         if len(self._added) < self._quorum:
             return self._abandon(f"the input of {len(self._added)} clients has arrived, of {self._quorum}", now)
+        if self._aggregate.chooses:
+            self._enter(Stage.MEASURE, FINISH, now)
+            for shard in self.shards:
+                self._tell(shard, Measure(shard, self.number), now)
+            return True
         if not self._masked:
             return self._finish(b"", b"", now)
         dealt = Dealt(
@@ -340,6 +354,17 @@ class Session:
         for incarnation in self._alive:
             self._tell(incarnation, Survivors(incarnation, self.number, self._added), now)
         return True
+
+    def _measuring(self, now: float) -> bool:
+        if len(self._measured) < len(self.shards):
+            return self._abandon("a shard does not measure", now) if now >= self._deadline else False
+        try:
+            squares = total([each.buffers[0] for each in self._measured.values()], len(self._added))
+        except ProtocolError as error:
+            return self._abandon(f"a shard has measured wrongly: {error.what}"[:256], now)
+        chosen = choose(squares, int(self._aggregate.named["faulty"]), self._aggregate.keep)
+        self._measured.clear()
+        return self._finish(b"", b"", now, tuple(self._added[place] for place in chosen))
 
     def _consenting(self, now: float) -> bool:
         if {self._ranks[each] for each in self._alive} - self._consents.keys() and now < self._deadline:
@@ -365,11 +390,11 @@ class Session:
             return False
         return self._abandon(f"{len(unmasking.heard)} clients have unmasked, and that is not enough", now)
 
-    def _finish(self, add: bytes, subtract: bytes, now: float) -> bool:
+    def _finish(self, add: bytes, subtract: bytes, now: float, chosen: tuple[int, ...] = ()) -> bool:
         self._forget()
         self._enter(Stage.FINISH, FINISH, now)
         for shard in self.shards:
-            self._tell(shard, Finish(shard, self.number, self._added, (add, subtract)), now)
+            self._tell(shard, Finish(shard, self.number, self._added, chosen, (add, subtract)), now)
         return True
 
     def _finishing(self, now: float) -> bool:
@@ -481,11 +506,12 @@ _FROM_WORKERS: dict[type[Any], tuple[Stage, Callable[[Session, int, Any], None]]
     Consent: (Stage.CONSENT, Session._take_consent),
     Unmask: (Stage.UNMASK, Session._take_unmask),
 }
-_FROM_SHARDS = frozenset({Arrived, Finished})
+_FROM_SHARDS = frozenset({Arrived, Measured, Finished})
 _STAGES: dict[Stage, Callable[[Session, float], bool]] = {
     Stage.ADVERTISE: Session._advertising,
     Stage.DEAL: Session._dealing,
     Stage.MASKED: Session._summing,
+    Stage.MEASURE: Session._measuring,
     Stage.CONSENT: Session._consenting,
     Stage.UNMASK: Session._unmasks,
     Stage.FINISH: Session._finishing,

@@ -29,6 +29,7 @@ from ..protocol.rounds import (
     Consent,
     Deal,
     Finished,
+    Measured,
     Noted,
     Recall,
     Recalled,
@@ -218,7 +219,7 @@ class Rounds:
             self._repeats.noted(message.incarnation, message)
         elif self.session is not None and session == self.session.number:
             self.session.handle(message, self._now)
-        elif isinstance(message, Arrived | Finished):
+        elif isinstance(message, Arrived | Measured | Finished):
             self._out.append(Say(message.incarnation, note(message)))  # of no use to anybody
         elif not isinstance(message, Withdraw):
             text = "there is no such round, or it is over"
@@ -337,6 +338,6 @@ class Rounds:
 
 
 KINDS: frozenset[type[Any]] = frozenset(
-    {Recalled, Advertise, Deal, Consent, Unmask, Withdraw, Arrived, Finished, Noted}
+    {Recalled, Advertise, Deal, Consent, Unmask, Withdraw, Arrived, Measured, Finished, Noted}
 )
 """What workers and shards say to it."""

@@ -93,7 +93,7 @@ class Bench:
 
     def finish(self, survivors: tuple[int, ...] = (0, 1, 2), keys: tuple[int, ...] | None = None) -> list[Any]:
         wanted = (survivors if keys is None else keys) if self.masked else ()
-        effects = self.coordinator(Finish, survivors, (b"", b"".join(self.keys[rank] for rank in wanted)))
+        effects = self.coordinator(Finish, survivors, (), (b"", b"".join(self.keys[rank] for rank in wanted)))
         while self.shard.wake_at <= 0.0:
             effects += self.shard.handle(Tick(), 0.0)
         return [each.message for each in effects if isinstance(each, Send) and isinstance(each.message, Finished)]
@@ -124,7 +124,7 @@ def test_a_sum_of_many_parts_is_unmasked_part_by_part() -> None:
     bench.ready()
     assert 4 * 400_000 == bench.shard.holds
     keys = b"".join(bench.keys)
-    bench.coordinator(Finish, (0, 1, 2), (b"", keys))
+    bench.coordinator(Finish, (0, 1, 2), (), (b"", keys))
     ticks = 0
     while bench.shard.wake_at <= 0.0:
         ticks += 1

@@ -20,6 +20,7 @@ from simnet import Faults
 
 from shoal.protocol.effects import Received
 from shoal.protocol.errors import ConfigError, RoundClosed
+from shoal.protocol.federated import Aggregate
 from shoal.protocol.join import CLEAR, SECAGG
 from shoal.protocol.messages import Refused
 from shoal.protocol.rounds import READY, Advertise, Deal, Invite, Masked, Noted, Relay, Released, Unmask, Withdraw
@@ -283,7 +284,10 @@ def test_somebody_who_takes_no_part_is_refused() -> None:
 )
 def test_a_coordinator_that_crashes_leaves_no_half_round(stage: Stage, active: bool) -> None:
     """At any stage: the next one asks the shards, ends the session alike at all of them, and the rounds go on, counted."""
-    net = RoundNet(3, 5, (5, 3), Recipe(active=active, rounds=2))
+    recipe = Recipe(active=active, rounds=2)
+    if stage == Stage.MEASURE:
+        recipe = Recipe(CLEAR, rounds=2, training=Aggregate("krum").settings)
+    net = RoundNet(3, 5, (5, 3), recipe)
     before: list[int] = []
     if stage == Stage.ABANDONED:
         kill_at(net, Stage.DEAL, ["w1", "w2", "w3"])

@@ -52,6 +52,9 @@ def test_the_defaults() -> None:
         "over": 0.0,
         "minimum": 0,
         "threshold": 0,
+        "server_optimizer": "fedavg",
+        "prox": 0.0,
+        "aggregate": "mean",
     }
     server = {"bind": "127.0.0.1", "port": 7450, "advertise": "", "shards": 1, "min_shards": 0, "insecure": False}
     server |= {"identities": ""}
