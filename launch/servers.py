@@ -105,6 +105,14 @@ class Servers:
             ) from None
 
     def _check_rounds(self) -> None:
+        if self._settings["noise"]:
+            try:
+                import dp_accounting  # noqa: F401 - the coordinator will need it
+            except ImportError:
+                raise ConfigError(
+                    "--noise needs an accountant, and dp-accounting is not installed",
+                    hint="pip install 'shoal[privacy]'",
+                ) from None
         aggregate, protection = self._settings["aggregate"], self._settings["protection"]
         if Aggregate.parse(aggregate).name != "mean" and protection != CLEAR:
             raise ConfigError(

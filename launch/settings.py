@@ -108,6 +108,13 @@ def positive(value: Any) -> float:
     return number
 
 
+def fraction(value: Any) -> float:
+    number = float(value)
+    if not 0 < number < 1:
+        raise ValueError("must be between 0 and 1")
+    return number
+
+
 def share(value: Any) -> float:
     number = float(value)
     if not 0 <= number <= 10:
@@ -210,6 +217,12 @@ ROUNDS = (
         "NAME[:X=…,…]",
     ),
     Setting("prox", not_negative, 0.0, "FedProx: how much a local step is drawn back to the round's weights.", "MU"),
+    Setting(
+        "noise", not_negative, 0.0, "Differential privacy: noise in a sum, by the norm of an update; 0: none.", "Z"
+    ),
+    Setting("norm", positive, 1.0, "With noise: the L2 norm that every update is cut to.", "X"),
+    Setting("epsilon", not_negative, 0.0, "With noise: rounds end before epsilon is over this; 0: any.", "E"),
+    Setting("delta", fraction, 1e-5, "With noise: the delta of epsilon.", "D"),
     Setting("clip", positive, 1.0, "The largest change of one weight in one round; what is larger is cut off.", "X"),
     Setting("modulus", modulus, 32, "Bits that a masked weight travels in: 32, or 16 for half the bytes.", "32|16"),
 )

@@ -33,6 +33,9 @@ def show(status: dict[str, Any]) -> None:
         state = f"now: {rounds['stage']}" if rounds["stage"] else f"waiting for {rounds['waiting_for'] or 'the next'}"
         text = f"rounds {rounds['completed']}{wanted} complete, {rounds['abandoned']} abandoned, {rounds['workers']} workers"
         console.print(Text(f"{text}  protection {rounds['protection']}  {state}"))
+        if rounds["epsilon"] is not None:
+            most = f" of {rounds['epsilon_budget']:g}" if rounds["epsilon_budget"] else ""
+            console.print(Text(f"epsilon {rounds['epsilon']:.4g}{most} at delta {rounds['delta']:g}"))
         if rounds["protection"] == CLEAR:
             console.print(Text("CLEAR: the servers see every worker's update", style="bold red"))
     totals = status["totals"]

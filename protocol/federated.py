@@ -39,6 +39,8 @@ AGGREGATES: dict[str, dict[str, float]] = {
 }
 """What is made of the updates, with numbers: Yin et al. 2018, Blanchard et al. 2017. All but the mean need them in the clear."""
 AGGREGATE = "aggregate"
+NOISE, NORM = "noise", "norm"
+"""In the clear: the standard deviation of the noise that servers add to a sum, by the L2 norm that each update is cut to."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..protocol.effects import COORDINATOR, Peer, Received, Send, Tick
 from ..protocol.errors import ConfigError, ProtocolError
-from ..protocol.federated import Aggregate, ServerRule
+from ..protocol.federated import NOISE, NORM, Aggregate, ServerRule
 from ..protocol.join import SECAGG
 from ..protocol.messages import Message, Refused
 from ..protocol.repeats import Repeats, note
@@ -45,7 +45,7 @@ from ..protocol.rounds import (
 )
 from ..protocol.secure.fixed import UNIT, Totals, average, totals
 from ..protocol.secure.masks import AUXILIARY, Masks
-from ..protocol.secure.noise import Array, restore
+from ..protocol.secure.noise import Array, generator, restore
 from ..protocol.secure.plan import Plan
 from ..protocol.secure.scale import WEIGHT
 from ..protocol.session import PIECE, Slice, ascending, ends
@@ -353,6 +353,10 @@ class Accumulator:
             _robust(held, result)
         else:
             np.divide(main, np.float32(counted.weight), out=result)
+        said = dict(plan.training)
+        if float(said.get(NOISE, 0.0)) and not held.masked:
+            spread = float(said[NOISE]) * float(said[NORM]) / counted.clients
+            result += generator().normal(0.0, spread, len(result)).astype(np.float32)
         return result
 
     # --- slices

@@ -171,12 +171,15 @@ class Federation:
         self.said = dict(end.released.metrics)
         count = len(end.released.survivors)
         text = f"round {end.round} is complete: {count} workers, {self.rounds.completed} rounds so far"
+        ledger = self.rounds.ledger
+        if ledger is not None:
+            text += f", epsilon {ledger.epsilon:.3g} at delta {ledger.delta:g}"
         self._out.append(Log("info", text))
         for incarnation in self._enlisted:  # a lost word is made up for by its next `Enlist`
             self._tell(incarnation, True)
 
     def _tell(self, incarnation: int, willing: bool) -> None:
-        wanted = self.rounds.recipe.rounds or 0
+        wanted = self.rounds.completed if self.rounds.exhausted else self.rounds.recipe.rounds or 0
         self._out.append(
             Say(incarnation, Progress(incarnation, willing, self.rounds.completed, wanted, self.why[:256]))
         )

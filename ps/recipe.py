@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..protocol.errors import ConfigError
-from ..protocol.federated import PROX, Aggregate, ServerRule
+from ..protocol.federated import NOISE, NORM, PROX, Aggregate, ServerRule
 from ..protocol.join import SECAGG
 from ..protocol.rounds import MAX_METRICS
-from ..protocol.secure.parameters import CORRUPT, DROPOUT, LEAST, resolve
+from ..protocol.secure.parameters import CORRUPT, DROPOUT, LEAST, most, resolve
 from ..protocol.secure.plan import Plan, Setting
-from ..protocol.secure.privacy import Skellam
+from ..protocol.secure.privacy import FINE, Skellam
 from ..protocol.session import DEAL, FINISH, STAGES, ranges
 from .round import TURNS
 
@@ -35,6 +35,33 @@ def _near(mean: float) -> float:
     return 2.0 ** round(math.log2(mean))
 
 
+@dataclass(frozen=True, slots=True)
+class Privacy:
+    """Differential privacy, of clients.
+
+    Attributes:
+        multiplier: standard deviation of the noise in a sum, by `norm`. norm: L2 norm that every update is cut to.
+        epsilon: the largest, over all rounds; 0: any. delta: for which.
+    """
+
+    multiplier: float
+    norm: float
+    epsilon: float
+    delta: float
+
+    def skellam(self, elements: int, honest: int) -> Skellam:
+        """As clients add it, of whom so many are honest whoever drops out.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if honest < 1:
+            raise ConfigError(
+                "noise counts on honest survivors, and with so few clients there may be none", hint="more workers"
+            )
+        return Skellam(self.norm, self.multiplier, math.ceil(FINE * math.sqrt(elements)), honest)
+
+
 def recipe(
     rounds: int = 0,
     round_timeout: float = 60.0,
@@ -48,12 +75,15 @@ def recipe(
     server_optimizer: str = "fedavg",
     aggregate: str = "mean",
     prox: float = 0.0,
+    noise: float = 0.0,
+    norm: float = 1.0,
+    epsilon: float = 0.0,
+    delta: float = 1e-5,
     active: bool = False,
 ) -> Recipe:
     """What an operator has typed. `round_timeout`: seconds to train in; nothing else takes longer."""
-    most = [min(seconds, round_timeout) for seconds in DEADLINES]
-    most[DEAL] = round_timeout
-    most[FINISH] = DEADLINES[FINISH]
+    deadlines = [min(seconds, round_timeout) for seconds in DEADLINES]
+    deadlines[DEAL], deadlines[FINISH] = round_timeout, DEADLINES[FINISH]
     return Recipe(
         protection,
         active,
@@ -64,8 +94,9 @@ def recipe(
         bits=modulus,
         clip=clip,
         training=(*ServerRule.parse(server_optimizer).settings, *Aggregate.parse(aggregate).settings, (PROX, prox)),
-        deadlines=tuple(most),
+        deadlines=tuple(deadlines),
         measured=True,
+        privacy=Privacy(noise, norm, epsilon, delta) if noise else None,
         rounds=rounds or None,
     )
 
@@ -82,6 +113,7 @@ class Recipe:
         bits, clip, cap, reference: how updates become integers, as in a plan. training, deadlines, noise: as in a plan.
         measured: weights are numbers of examples, and `cap` and `reference` follow from the mean of the last round. Of the first
             nothing is known: it has room for any, and therefore 32 bits.
+        privacy: noise for all rounds, and how much may be told; with it weights are uniform and there are no metrics.
         rounds: after so many there are no more, or None. room: slices that a shard has room for.
     """
 
@@ -103,6 +135,7 @@ class Recipe:
     metrics: tuple[str, ...] = ()
     deadlines: tuple[float, ...] = DEADLINES
     noise: Skellam | None = None
+    privacy: Privacy | None = None
     rounds: int | None = None
     room: int = TURNS
 
@@ -164,7 +197,15 @@ class Recipe:
             )
             degree, threshold, minimum = found.degree, found.threshold, found.minimum
         bits, cap, reference = self.bits, self.cap, self.reference
-        if self.measured and self.noise is None:
+        noise, training = self.noise, self.training
+        if self.privacy is not None:
+            cap = 1.0
+            if masked:
+                noise = self.privacy.skellam(sum(sizes), minimum - most(self.corrupt, cohort))
+            else:
+                training = (*training, (NOISE, self.privacy.multiplier), (NORM, self.privacy.norm))
+        private = noise is not None or self.privacy is not None
+        if self.measured and not private:
             bits, cap, reference = (bits, CAP, _near(mean)) if mean else (32, FIRST, FIRST)
         return Plan(
             run=run,
@@ -183,8 +224,8 @@ class Recipe:
             layout=layout,
             model=model,
             shards=ranges(sizes),
-            training=self.training,
-            metrics=() if self.noise else tuple(sorted({*self.metrics, *metrics}))[:MAX_METRICS],
+            training=training,
+            metrics=() if private else tuple(sorted({*self.metrics, *metrics}))[:MAX_METRICS],
             deadlines=self.deadlines,
-            noise=self.noise,
+            noise=noise,
         )

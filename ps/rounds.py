@@ -37,7 +37,9 @@ from ..protocol.rounds import (
     Unmask,
     Withdraw,
 )
+from ..protocol.secure.plan import Plan
 from ..protocol.session import model_digest
+from .ledger import Ledger
 from .recipe import Recipe
 from .round import Say, Session, Stage
 
@@ -125,6 +127,9 @@ class Rounds:
         self.run, self.recipe = run, recipe
         self.round = self.completed = 0
         self.session: Session | None = None
+        self.ledger = Ledger(recipe.privacy.epsilon, recipe.privacy.delta) if recipe.privacy else None
+        self.exhausted = False
+        """Would one more round tell more than may be told?"""
         self.counters: Counter[str] = Counter()
         self._below, self._peers = below, peers
         self._number = below(MAX_SESSION)
@@ -146,8 +151,8 @@ class Rounds:
 
     @property
     def done(self) -> bool:
-        """Have there been as many rounds as were wanted?"""
-        return self.recipe.rounds is not None and self.completed >= self.recipe.rounds
+        """Have there been as many rounds as were wanted, or as may be?"""
+        return self.exhausted or (self.recipe.rounds is not None and self.completed >= self.recipe.rounds)
 
     @property
     def wake_at(self) -> float:
@@ -257,6 +262,8 @@ class Rounds:
                 self._mean = session.result.weight * session.plan.reference / len(session.result.survivors)
             if session.result is not None or session.asked:
                 self.round = session.plan.round + 1
+                if self.ledger is not None:
+                    self.ledger.count(session.plan)
             self._not_before = self._now if session.result else self._now + self._pause
             self._pause = PAUSE if session.result else min(2 * self._pause, LONGEST_PAUSE)
         if session.over(self._now):
@@ -311,6 +318,8 @@ class Rounds:
         try:
             known = (self.run, self.round, len(cohort), placed.sizes, placed.layout, model)
             plan = self.recipe.plan(*known, self._said_by(cohort), self._mean)
+            if self.ledger is not None and not self._afforded(self.ledger, plan):
+                return
         except ConfigError as error:
             if str(error) != self.problem:
                 self.problem = str(error)
@@ -322,6 +331,14 @@ class Rounds:
             self._number, plan, cohort, placed.incarnations, self._now, wanted, self.recipe.room, self._peers
         )
         self._under_way(self.session)
+
+    def _afforded(self, ledger: Ledger, plan: Plan) -> bool:
+        ledger.catch_up(self.completed, plan)
+        if not ledger.allows(plan):
+            self.exhausted = True
+            text = f"one more round would make epsilon {ledger.after(plan):.3g}, and {ledger.budget:g} is the budget"
+            self._out.append(Log("warning", f"there are no more rounds: {text}"))
+        return not self.exhausted
 
     def _said_by(self, cohort: Iterable[int]) -> tuple[str, ...]:
         """The metrics that all of these can say."""

@@ -80,6 +80,9 @@ def _rounds(c: Coordinator) -> dict[str, Any]:
     return {
         "protection": c.settings.recipe.protection,
         "identities": c.settings.recipe.active,
+        "epsilon": round(f.rounds.ledger.epsilon, 6) if f.rounds.ledger else None,
+        "epsilon_budget": f.rounds.ledger.budget if f.rounds.ledger else None,
+        "delta": f.rounds.ledger.delta if f.rounds.ledger else None,
         "completed": f.rounds.completed,
         "wanted": c.settings.recipe.rounds or 0,
         "abandoned": f.abandoned,

@@ -55,6 +55,10 @@ def test_the_defaults() -> None:
         "server_optimizer": "fedavg",
         "prox": 0.0,
         "aggregate": "mean",
+        "noise": 0.0,
+        "norm": 1.0,
+        "epsilon": 0.0,
+        "delta": 1e-5,
     }
     server = {"bind": "127.0.0.1", "port": 7450, "advertise": "", "shards": 1, "min_shards": 0, "insecure": False}
     server |= {"identities": ""}
