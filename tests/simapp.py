@@ -300,6 +300,7 @@ class Cluster:
         pull_codec: Codec = Codec(),  # noqa: B008 - frozen
         make_shard: Callable[..., Shard] = Shard,
         make_coordinator: Callable[..., Coordinator] = Coordinator,
+        make_app: Callable[..., App] = App,
     ) -> None:
         self.sim = Sim(seed, faults)
         self.job, self.lease, self.sharing = job, lease, sharing
@@ -315,7 +316,7 @@ class Cluster:
             min_shards=shards,
             block_bytes=4 * ELEMENTS,
         )
-        self.make_shard, self.make_coordinator = make_shard, make_coordinator
+        self.make_shard, self.make_coordinator, self.make_app = make_shard, make_coordinator, make_app
         self.apps: dict[str, App] = {}
         self.to_come = 0
         """Workers that will be restarted."""
@@ -337,6 +338,9 @@ class Cluster:
 
     def start_coordinator(self) -> None:
         self.coordinator = self.make_coordinator(self.sim.random.getrandbits(63), self.settings)
+        self.add_coordinator()
+
+    def add_coordinator(self) -> None:
         self.sim.add(Node("coordinator", self.coordinator))
 
     def start_shard(self, index: int) -> None:
@@ -369,7 +373,7 @@ class Cluster:
             self.sim.give(node, Received(b"operator|0|0", Switch(1, mode, staleness)))
 
     def start_worker(self, name: str, attempt: int = 0) -> None:
-        self.apps[name] = App(self, name, attempt, pace=self.sim.random.choice((0.01, 0.03, 0.1)))
+        self.apps[name] = self.make_app(self, name, attempt, pace=self.sim.random.choice((0.01, 0.03, 0.1)))
 
     def restart_worker(self, name: str) -> None:
         self.to_come -= 1
