@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         WaitTimeout,
         WorkerEvicted,
     )
-    from .protocol.rules import SGD, Adagrad, Adam, AdamW, Delta, RMSprop
+    from .protocol.rules import SGD, Adagrad, Adam, AdamW, Delta, FedBuff, RMSprop
     from .protocol.secure.plan import Policy
     from .protocol.stale import Compensate
     from .worker.client import Worker
@@ -37,7 +37,7 @@ _HOMES = {
     "connect": "launch.connect",
     "LocalCluster": "launch.cluster",
     "Worker": "worker.client",
-    **dict.fromkeys(("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Delta"), "protocol.rules"),
+    **dict.fromkeys(("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Delta", "FedBuff"), "protocol.rules"),
     "Compensate": "protocol.stale",
     "Policy": "protocol.secure.plan",
     "split": "worker.split",
@@ -69,6 +69,7 @@ __all__ = [
     "Compensate",
     "ConfigError",
     "Delta",
+    "FedBuff",
     "LocalCluster",
     "NoServerError",
     "NonFiniteError",

@@ -119,6 +119,11 @@ class Servers:
                 f"--aggregate {aggregate} needs every update as it is, and with --protection {protection} there are only sums",
                 hint=f"--protection {CLEAR}, or --aggregate mean",
             )
+        if Aggregate.parse(aggregate).name != "mean" and self._settings["noise"]:
+            raise ConfigError(
+                f"--noise hides one client in a mean, and --aggregate {aggregate} may show far more of one",
+                hint="--aggregate mean, or no --noise",
+            )
 
     def _check_join(self, address: JoinAddress) -> None:
         if address.secret and not self._keys:

@@ -152,3 +152,9 @@ class Aggregate(_Named):
     def keep(self) -> int:
         """How many are chosen."""
         return int(self.named.get("keep", 1))
+
+    @property
+    def needed(self) -> int:
+        """So many updates at least, or liars may be chosen: 2f + 3 and f + 2 + keep (Blanchard et al. 2017)."""
+        faulty = int(self.named.get("faulty", 0))
+        return max(2 * faulty + 3, faulty + 2 + self.keep) if self.chooses else 1

@@ -21,6 +21,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "adam": ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay"),
     "adamw": ("lr", "beta1", "beta2", "eps", "weight_decay", "amsgrad", "maximize"),
     "delta": (),
+    "fedbuff": ("rate", "buffer"),
     "mean": (),
 }
 
@@ -50,6 +51,8 @@ class Rule:
                 raise ConfigError(f"{self.name}: {name} is a flag, not {number}")
             if (number < 0 and name != "dampening") or (number >= 1 and name in ("beta1", "beta2")):
                 raise ConfigError(f"{self.name}: {name} is {number}")
+        if self.name == "fedbuff" and (self.numbers[1] < 1 or self.numbers[1] != int(self.numbers[1])):
+            raise ConfigError(f"FedBuff: a buffer of {self.numbers[1]:g} updates", hint="1, 2, 3, …")
         if self.name == "sgd" and self.numbers[4] and (self.numbers[1] <= 0 or self.numbers[2] != 0):
             raise ConfigError("SGD: nesterov needs a momentum above 0 and a dampening of 0")
 
@@ -136,6 +139,15 @@ def AdamW(  # noqa: N802
 def Delta() -> Rule:  # noqa: N802
     """What is pushed is added to the weights."""
     return Rule("delta")
+
+
+def FedBuff(buffer: int = 10, lr: float = 1.0) -> Rule:  # noqa: N802
+    """Buffered asynchronous federation (Nguyen et al. 2022): what is pushed is what a client's local steps have changed.
+
+    Each is weighed by `1 / sqrt(1 + staleness)`, staleness in changes of the weights since the client pulled them; when `buffer` of
+    them have come, `lr` times their sum divided by `buffer` is added to the weights. What is in the buffer at the end is not.
+    """
+    return _rule("fedbuff", lr, buffer)
 
 
 def _rule(name: str, *numbers: float) -> Rule:

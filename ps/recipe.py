@@ -181,11 +181,16 @@ class Recipe:
                 f"{aggregate.name} needs every update as it is, and in {self.protection} there are only sums",
                 hint="--protection clear, or --aggregate mean",
             )
-        needed = 2 * int(aggregate.named.get("faulty", 0)) + 3 if aggregate.chooses else 1
+        if aggregate.name != "mean" and self.privacy is not None:
+            raise ConfigError(
+                f"noise hides one client in a mean, and {aggregate.name} may show far more of one",
+                hint="--aggregate mean, or no --noise",
+            )
+        needed = aggregate.needed
         if not needed <= cohort <= (MOST_MEASURED if aggregate.chooses else cohort):
             raise ConfigError(f"{aggregate.name} needs {needed} to {MOST_MEASURED} clients, and {cohort} are here")
         degree = threshold = 0
-        minimum = min(cohort, self.minimum or 1)
+        minimum = min(cohort, max(self.minimum or 1, needed))
         if masked:
             found = resolve(
                 cohort,

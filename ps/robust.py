@@ -9,6 +9,7 @@ Rules
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 import numpy as np
 
@@ -30,8 +31,11 @@ def median(rows: Sequence[Array], out: Array) -> None:
 
 
 def trimmed(rows: Sequence[Array], share: float, out: Array) -> None:
-    """The mean of each coordinate without so large a share at either end (Yin et al. 2018, option II)."""
-    cut = int(share * len(rows) + 1e-9)
+    """The mean of each coordinate without so large a share at either end (Yin et al. 2018, option II).
+
+    So many rows as the share may be liars, hence it is rounded up: a tenth of seven is one. At least one row is left.
+    """
+    cut = min(ceil(share * len(rows) - 1e-9), (len(rows) - 1) // 2)
     for start in range(0, len(out), PIECE):
         piece = np.sort([row[start : start + PIECE] for row in rows], axis=0)
         np.mean(piece[cut : len(rows) - cut], axis=0, out=out[start : start + PIECE])

@@ -94,6 +94,9 @@ class Updater:
         self._segments = [weights]
         self._optimizer: torch.optim.Optimizer | None = None
         self._kernel: Kernel | None = None
+        self._waiting: torch.Tensor | None = None
+        self._waiters = 0
+        """Of rule `fedbuff`: the weighted sum of what has come, and of how many."""
         if rule.name in _TORCH:
             make, _, fixed = _TORCH[rule.name]
             if self._loses:
@@ -105,26 +108,32 @@ class Updater:
         """torch 2.13's fused SGD leaves float16 and bfloat16 weights as they are (pytorch/pytorch#191763)."""
         return self._rule.name == "sgd" and self._weights.element_size() == 2
 
-    def apply(self, gradient: torch.Tensor, ranges: Ranges | None, numbers: tuple[float, ...], workers: int) -> None:
-        """One step.
+    def apply(
+        self, gradient: torch.Tensor, ranges: Ranges | None, numbers: tuple[float, ...], workers: int, tau: int = 0
+    ) -> bool:
+        """One step. True if it has changed the weights.
 
         Args:
             gradient: of the block's dtype; of its length, or with `ranges` of their total length.
             ranges: what part was pushed; None for the whole.
             numbers: the rule's numbers for this step; empty for those of registration.
             workers: how many are counted in (rule `mean` only).
+            tau: updates of the block since what was pushed was computed on it (rule `fedbuff` only).
         """
+        if self._rule.name == "fedbuff":
+            return self._buffer(gradient, ranges, numbers or self._rule.numbers, tau)
         if self._optimizer is None:
             for target, given in self._parts(gradient, ranges):
                 if self._rule.name == "delta":
                     target.add_(given)
                 else:
                     target.lerp_(given, 1.0 / max(1, workers))
-            return
+            return True
         self._set(numbers or self._rule.numbers)
         if ranges is None and len(self._segments) == 1:
             if self._kernel is not None:
-                return self._kernel(gradient)
+                self._kernel(gradient)
+                return True
             self._weights.grad = gradient
             self._optimizer.step()
             self._weights.grad = None
@@ -134,7 +143,7 @@ class Updater:
                 if self._loses
                 else _kernel(self._rule.name, self._weights, self._optimizer.state[self._weights], settings)
             )
-            return
+            return True
         for start, stop in ranges or ((0, self._weights.numel()),):
             self._split(start)
             self._split(stop)
@@ -146,13 +155,32 @@ class Updater:
         self._optimizer.step()
         for segment in self._segments:
             segment.grad = None
+        return True
 
-    def _parts(self, gradient: torch.Tensor, ranges: Ranges | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _buffer(self, delta: torch.Tensor, ranges: Ranges | None, numbers: tuple[float, ...], tau: int) -> bool:
+        """Nguyen et al. 2022, algorithm 1, with the weight of their §5: what is stale counts for less."""
+        rate, size = numbers
+        if self._waiting is None:
+            self._waiting = torch.zeros(len(self._weights), dtype=torch.promote_types(delta.dtype, torch.float32))
+        for target, given in self._parts(delta, ranges, self._waiting):
+            target.add_(given, alpha=(1 + tau) ** -0.5)
+        self._waiters += 1
+        if self._waiters < size:
+            return False
+        self._weights.add_(self._waiting.mul_(rate / self._waiters).to(self._weights.dtype))
+        self._waiting.zero_()
+        self._waiters = 0
+        return True
+
+    def _parts(
+        self, gradient: torch.Tensor, ranges: Ranges | None, targets: torch.Tensor | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        targets = self._weights if targets is None else targets
         if ranges is None:
-            return [(self._weights, gradient)]
+            return [(targets, gradient)]
         parts, at = [], 0
         for start, stop in ranges:
-            parts.append((self._weights[start:stop], gradient[at : at + stop - start]))
+            parts.append((targets[start:stop], gradient[at : at + stop - start]))
             at += stop - start
         return parts
 

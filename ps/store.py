@@ -161,12 +161,19 @@ class Store:
         self._changed(held)
 
     def apply(
-        self, block: int, gradient: torch.Tensor, ranges: Ranges | None, numbers: tuple[float, ...], workers: int
+        self,
+        block: int,
+        gradient: torch.Tensor,
+        ranges: Ranges | None,
+        numbers: tuple[float, ...],
+        workers: int,
+        tau: int = 0,
     ) -> None:
         """One step of the block's rule; see `Updater.apply`."""
         held = self._held[block]
         self._about_to_change(held)
-        held.updater.apply(gradient, ranges, numbers, workers)
+        if not held.updater.apply(gradient, ranges, numbers, workers, tau):
+            return
         self._changed(held)
         held.updates.append(held.version)
         if len(held.updates) >= 2 * MOST_COUNTED:

@@ -126,7 +126,7 @@ class Weights:
             tau = self.store.updates_since(u.block, push.seen)
             stalest = max(stalest, tau)
             gradient = self.remedy.gradient(push.incarnation, u.block, u.gradient, u.ranges, push.seen)
-            self.store.apply(u.block, gradient, u.ranges, self.remedy.numbers(u.block, u.numbers, tau), workers)
+            self.store.apply(u.block, gradient, u.ranges, self.remedy.numbers(u.block, u.numbers, tau), workers, tau)
         self.staleness[min(stalest, MOST_STALENESS)] += 1
         self.updates += 1
 

@@ -60,7 +60,15 @@ def test_a_real_server_from_start_to_end() -> None:
     """It says its port, is in a session of its own, ends when its standard input does, and hears what it is told till then."""
     settings = {"mode": "async", "staleness": 1.0, "nonfinite": "error", "lease": 5.0}
     settings |= {"min_workers": 1, "min_shards": 1, "block_bytes": 4096, "insecure": False}
-    config = {"role": "coordinator", "bind": "127.0.0.1", "port": 0, "allowed": [], "settings": settings}
+    settings |= {"recipe": {}}
+    config = {
+        "role": "coordinator",
+        "bind": "127.0.0.1",
+        "port": 0,
+        "allowed": [],
+        "identities": {},
+        "settings": settings,
+    }
     server = ServerProcess(config, lambda line: None)
     try:
         assert 0 < server.ready() == server.port

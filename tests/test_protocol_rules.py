@@ -18,7 +18,7 @@ from shoal.protocol.errors import ConfigError
 from shoal.protocol.rules import FLAGS, RULES, SGD, Adagrad, Adam, AdamW, Delta, RMSprop, Rule
 
 MAKERS = (SGD, Adagrad, RMSprop, Adam, AdamW)
-NAMES = [name for name in RULES if RULES[name]]
+NAMES = [make.__name__.lower() for make in MAKERS]
 NUMBERS = st.sampled_from((0.0, 0.5, 1.0, -0.5, 0.999, 1e-8, 2.0))
 
 

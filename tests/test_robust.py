@@ -17,7 +17,7 @@ from shoal.protocol.join import CLEAR, SECAGG
 from shoal.protocol.rounds import Measure, Measured
 from shoal.ps import robust
 from shoal.ps.krum import choose, total
-from shoal.ps.recipe import Recipe
+from shoal.ps.recipe import Privacy, Recipe
 
 DRAW = np.random.default_rng(11)
 HONEST = [(0.1 + 0.01 * DRAW.normal(size=40_000)).astype(np.float32) for _ in range(8)]
@@ -32,7 +32,7 @@ def test_rules_by_their_formulas() -> None:
     robust.median(ROWS, out)
     assert np.array_equal(out, np.median(np.array(ROWS), axis=0).astype(np.float32))
     robust.trimmed(ROWS, 0.25, out)
-    assert np.allclose(out, np.sort(np.array(ROWS, np.float64), axis=0)[2:8].mean(0), atol=1e-6)
+    assert np.allclose(out, np.sort(np.array(ROWS, np.float64), axis=0)[3:7].mean(0), atol=1e-6)
     robust.trimmed(ROWS, 0.0, out)
     assert np.allclose(out, np.mean(np.array(ROWS, np.float64), axis=0), rtol=1e-5)
 
@@ -99,7 +99,7 @@ def test_a_round_by_each_rule(name: str) -> None:
         expected = {
             "mean": lambda u=updates: u.mean(0),
             "median": lambda u=updates: np.median(u, axis=0),
-            "trimmed": lambda u=updates: u.mean(0),
+            "trimmed": lambda u=updates: np.sort(u, axis=0)[1:-1].mean(0),
             "krum": lambda u=updates, s=squares: u[list(choose(s, 1, 1))].mean(0),
             "multikrum": lambda u=updates, s=squares: u[list(choose(s, 1, 3))].mean(0),
         }[name]()
@@ -114,13 +114,32 @@ def test_a_round_by_each_rule(name: str) -> None:
     [
         (SECAGG, "median", 5, "there are only sums"),
         (CLEAR, "krum:faulty=2", 6, "needs 7 to 1024"),
-        (CLEAR, "multikrum", 2000, "needs 5 to 1024"),
+        (CLEAR, "multikrum", 2000, "needs 6 to 1024"),
+        (CLEAR, "multikrum:faulty=2,keep=9", 12, "needs 13 to 1024"),
     ],
 )
 def test_rules_that_cannot_be(protection: str, text: str, cohort: int, told: str) -> None:
     recipe = Recipe(protection, training=Aggregate.parse(text).settings)
     with pytest.raises(ConfigError, match=told):
         recipe.plan(1, 0, cohort, (5,), bytes(32), bytes(32))
+
+
+def test_liars_stay_outnumbered_when_others_are_lost() -> None:
+    """No sum of fewer updates than the rule needs is begun; and a median is not made private by noise that fits a mean."""
+    made = Recipe(CLEAR, training=Aggregate("multikrum").settings).plan(1, 0, 9, (5,), bytes(32), bytes(32))
+    assert 6 == made.minimum
+    private = Recipe(CLEAR, training=Aggregate("median").settings, privacy=Privacy(1.0, 1.0, 0.0, 1e-5))
+    with pytest.raises(ConfigError, match="hides one client in a mean"):
+        private.plan(1, 0, 9, (5,), bytes(32), bytes(32))
+
+
+def test_so_large_a_share_is_left_out_at_least() -> None:
+    """A tenth of seven may be one liar; and of two rows one half each is not all."""
+    out = np.empty(40_000, np.float32)
+    robust.trimmed([*HONEST[:6], LIARS[0]], 0.1, out)
+    assert np.abs(out).max() < 1
+    robust.trimmed(HONEST[:2], 0.49, out)
+    assert np.allclose(out, (HONEST[0] + HONEST[1]) / 2, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_one_client_is_plain_descent_and_three_meet_at_the_optimum(scaffold: boo
             for number, (model, opt, side) in enumerate(zip(models, opts, sides, strict=True)):
                 model.data.copy_(w)
                 side.server[PREFIX + "w"].copy_(controls)
-                side.begin()
+                side.begin(64.0)
                 for _ in range(STEPS):
                     opt.zero_grad()
                     loss(number, model).backward()
@@ -76,7 +76,7 @@ def test_a_round_that_was_not_applied_leaves_the_control() -> None:
     opt = torch.optim.SGD([model], lr=LR)
     side = Scaffold(opt, {"w": model})
     for applied in (False, True):
-        side.begin()
+        side.begin(64.0)
         side.conclude()
         assert not side.server[PREFIX + "w"].any(), "no step, nothing learned"
         loss(0, model).backward()
@@ -86,6 +86,27 @@ def test_a_round_that_was_not_applied_leaves_the_control() -> None:
         side.ended(applied)
         assert applied == bool(side._own["w"].any())
         side.server[PREFIX + "w"].zero_()
+
+
+def test_a_control_changes_by_what_was_put_in() -> None:
+    """The clip cuts both alike; what had no gradient changes nothing; the sum over groups is by each one's rate."""
+    model = torch.nn.Linear(1, 1)
+    groups = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.01}]
+    side = Scaffold(torch.optim.SGD(groups, lr=1.0), dict(model.named_parameters()))
+    side.begin(0.5)
+    for gradient in (4.0, 2.0):
+        model.weight.grad, model.bias.grad = torch.full((1, 1), gradient), None
+        side.correct()
+        model.weight.data -= 0.1 * model.weight.grad
+    side.conclude()
+    side.ended(True)
+    assert 0.5 == side.own["weight"].item() == side.server[PREFIX + "weight"].item(), "3.0, clipped"
+    assert 0.0 == side.own["bias"].item()
+    other = Scaffold(torch.optim.SGD(model.parameters(), lr=0.1), dict(model.named_parameters()))
+    other.restore(side.own)
+    assert side.own == other.own
+    with pytest.raises(ConfigError, match="not of this model"):
+        other.restore({"weight": torch.zeros(3)})
 
 
 @pytest.mark.parametrize("opt", [torch.optim.Adam, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)])

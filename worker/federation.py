@@ -8,9 +8,9 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..protocol.effects import COORDINATOR, Linked, Received, Send, Tick
 from ..protocol.errors import RoundClosed, ShoalError
@@ -113,18 +113,7 @@ class Federation:
 
     def called(self, call: calls.Call) -> None:
         """One of those about rounds."""
-        match call:
-            case calls.EnlistCalled():
-                self._enlist(call)
-            case calls.NextCalled():
-                self._next = call
-            case calls.TrainedCalled():
-                self._trained(call)
-            case calls.DeclineCalled(session, why):
-                if self._client is not None:
-                    self._give(Declined(session, why))
-            case calls.RetireCalled():
-                self._retire()
+        CALLS[type(call)](self, call)
 
     def _enlist(self, call: calls.EnlistCalled) -> None:
         if (self._policy, self._metrics, self._willing) != (call.policy, call.metrics, True):
@@ -136,6 +125,9 @@ class Federation:
             return self._out.resolve(call.ticket, self.completed)
         self._enlisting.append(call.ticket)
 
+    def _await(self, call: calls.NextCalled) -> None:
+        self._next = call
+
     def _trained(self, call: calls.TrainedCalled) -> None:
         if self._client is None or call.session != self.session:
             text = "this federated round takes nothing more: it is over"
@@ -144,7 +136,11 @@ class Federation:
         self._submitting = call
         self._give(Trained(call.session, call.given))
 
-    def _retire(self) -> None:
+    def _decline(self, call: calls.DeclineCalled) -> None:
+        if self._client is not None:
+            self._give(Declined(call.session, call.why))
+
+    def _retire(self, _: calls.RetireCalled) -> None:
         if self._willing:
             if self.session:
                 self._give(Declined(self.session, "it takes part in no more rounds"))
@@ -263,3 +259,12 @@ class Federation:
             return self._out.fail(submitting.ticket, end.error)
         if end.error is not None and not isinstance(end.error, RoundClosed):
             self._error = end.error
+
+
+CALLS: dict[type[calls.Call], Callable[[Federation, Any], None]] = {
+    calls.EnlistCalled: Federation._enlist,
+    calls.NextCalled: Federation._await,
+    calls.TrainedCalled: Federation._trained,
+    calls.DeclineCalled: Federation._decline,
+    calls.RetireCalled: Federation._retire,
+}

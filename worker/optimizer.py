@@ -231,11 +231,16 @@ class Optimizer(torch.optim.Optimizer):
 
     # --- federated rounds
 
-    def _round_begins(self, _: Round) -> None:
+    def _round_begins(self, round_: Round) -> None:
         self._part()
         self._inner.state.clear()  # momenta of other weights
         if self._scaffold is not None:
-            self._scaffold.begin()
+            if round_.private:
+                raise ConfigError(
+                    "scaffold's controls would be cut and made noisy with the weights: this round has --noise",
+                    hint="scaffold=False, or rounds without --noise",
+                )
+            self._scaffold.begin(round_.clip)
 
     def _local(self, closure: Callable[[], float] | None) -> float | None:
         """A step of the user's own optimizer, between the weights of a round and its update."""
@@ -275,11 +280,22 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with this worker's clock under `shoal`. What the shards hold (momenta and the like) is not in it."""
-        return super().state_dict() | {"shoal": {"clock": self._worker.stats.clock}}
+        """As torch's, with this worker's clock and scaffold control under `shoal`.
+
+        What the shards hold (momenta and the like) is not in it.
+        """
+        own = {"scaffold": self._scaffold.own} if self._scaffold is not None else {}
+        return super().state_dict() | {"shoal": {"clock": self._worker.stats.clock, **own}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Hyperparameters, and for an optimizer that runs here its state."""
+        """Hyperparameters, for an optimizer that runs here its state, and the scaffold control if there is one.
+
+        Raises:
+            ConfigError: the scaffold control is of other parameters.
+        """
+        own = state_dict.get("shoal", {}).get("scaffold")
+        if self._scaffold is not None and own is not None:
+            self._scaffold.restore(own)
         state = {key: value for key, value in state_dict.items() if key != "shoal"}
         if self._rules and state.get("state"):
             logger.warning("optimizer state is not loaded: it lives on the servers; hyperparameters are")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..protocol.errors import ConfigError, NonFiniteError, ProtectionError, RoundClosed
-from ..protocol.federated import PROX
+from ..protocol.federated import NORM, PROX
 from ..protocol.join import CLEAR, SECAGG
 from ..protocol.layout import Block
 from ..protocol.rounds import MAX_METRICS
@@ -27,6 +27,7 @@ from ..protocol.stale import Stale
 from . import calls
 from .arrays import Array, Bits, Cache, write
 from .parley import Input, Over
+from .scaffold import PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -78,12 +79,14 @@ class Round:
     Attributes:
         number: of the round. protection, clients, minimum, threshold, clip: as its plan says.
         settings: what the servers want of local training, by name.
+        private: is there noise, for differential privacy?
     """
 
     def __init__(self, trainer: Trainer, session: int, plan: Plan, examples: float) -> None:
         self.number, self.protection, self.clients = plan.round, plan.protection, plan.cohort
         self.minimum, self.threshold, self.clip = plan.minimum, plan.threshold, plan.clip
         self.settings: Mapping[str, Any] = dict(plan.training)
+        self.private = plan.noise is not None or NORM in self.settings
         self._trainer, self._session, self._plan, self._examples = trainer, session, plan, examples
         self._submitted = False
 
@@ -201,7 +204,7 @@ class Trainer:
         arrays = dict(model) if isinstance(model, Mapping) else _floating(model)
         if exchange.cache is None:
             worker._register({name: (array, 0) for name, array in arrays.items()}, (Delta(),), timeout, Stale())
-        arrays = {**self.arrays, **arrays}
+        arrays |= {name: array for name, array in self.arrays.items() if name.startswith(PREFIX)}
         missing = sorted(exchange.templates.keys() - arrays.keys())
         if missing:
             raise ConfigError(f"the model that is registered has {missing[0]!r}, and this one has not")

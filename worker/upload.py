@@ -62,10 +62,13 @@ class Encoder:
             self._noisy = np.empty(plan.elements, self.dtype)
             privatise(given.update, plan.noise, self._noisy, generator())
         self._factor = np.float32(1.0)
+        self._tells = plan.noise is None
+        """May it be known how much was clipped? Noise hides what is summed, and not this."""
         norm = float(dict(plan.training).get(NORM, 0.0))
         if norm and not self._masked:
             length = float(np.linalg.norm(given.update.astype(np.float64)))
             self._factor = np.float32(min(1.0, norm / length) if length else 1.0)
+            self._tells = False
         self.slices = [Slice(stop - start, self.dtype.itemsize, plan.lanes) for start, stop in plan.shards]
         size = sum(each.size for each in self.slices)
         self.memory = memory if memory is not None and memory.nbytes == size else np.empty(size, np.uint8)
@@ -109,7 +112,8 @@ class Encoder:
         else:
             np.clip(update, -self._plan.clip, self._plan.clip, out=scratch, casting="same_kind")
             scratch *= self._factor
-            self._clipped += int(np.count_nonzero(np.abs(update) > self._plan.clip))
+            if self._tells:
+                self._clipped += int(np.count_nonzero(np.abs(update) > self._plan.clip))
         begin, width = self._begins[shard], self.dtype.itemsize
         self.memory[begin + start * width : begin + stop * width] = scratch.view(np.uint8)
 
