@@ -144,6 +144,12 @@ class Recipe:
         """With fewer workers no round can be."""
         return max(self.least, LEAST if self.protection == SECAGG else 1)
 
+    @property
+    def group(self) -> int:
+        """The size of standing groups, or 0: sums in the clear or with noise need none (SPEC §14.9)."""
+        standing = self.protection == SECAGG and self.privacy is None and not self.over
+        return self.clients if self.clients and standing else 0
+
     def cohort(self, here: int) -> int:
         """How many of those who are here are invited; 0: no round can begin."""
         if here < self.least:

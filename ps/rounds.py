@@ -39,6 +39,7 @@ from ..protocol.rounds import (
 )
 from ..protocol.secure.plan import Plan
 from ..protocol.session import model_digest
+from .groups import Groups
 from .ledger import Ledger
 from .recipe import Recipe
 from .round import Say, Session, Stage
@@ -132,6 +133,7 @@ class Rounds:
         """Would one more round tell more than may be told?"""
         self.counters: Counter[str] = Counter()
         self._below, self._peers = below, peers
+        self._groups = Groups(recipe.group, below) if recipe.group else None
         self._number = below(MAX_SESSION)
         self._names: dict[int, str] = {}
         self._placed: Placed | None = None
@@ -326,7 +328,7 @@ class Rounds:
                 self._out.append(Log("warning", f"a federated round cannot begin: {error}"))
             return
         self._concluded = False
-        wanted = self.recipe.clients
+        wanted = len(cohort) if self._groups else self.recipe.clients
         self.session = Session(
             self._number, plan, cohort, placed.incarnations, self._now, wanted, self.recipe.room, self._peers
         )
@@ -346,7 +348,10 @@ class Rounds:
         return tuple(set.intersection(*names))
 
     def _draw(self, count: int) -> dict[int, str]:
-        """So many of those who are here, each as likely as any other."""
+        """So many of those who are here, each as likely as any other; or a standing group."""
+        if self._groups and count < len(self._names):
+            incarnations = {name: incarnation for incarnation, name in self._names.items()}
+            return {incarnations[name]: name for name in self._groups.draw(incarnations)}
         here = sorted(self._names)
         for place in range(count):
             drawn = place + self._below(len(here) - place)

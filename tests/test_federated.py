@@ -272,6 +272,8 @@ def test_what_does_not_belong_in_federated_mode_is_said(alone: shoal.LocalCluste
             opt.step()
         with pytest.raises(shoal.ConfigError, match="federated rounds"):
             worker.clock()
+        with pytest.raises(shoal.ConfigError, match="nothing is pushed"):  # one row would be exposed in a sum
+            worker.push({"bias": np.ones(1, np.float32)})
         with pytest.raises(shoal.ConfigError, match="'weight'"):
             worker.rounds({"bias": np.zeros(1, np.float32)})
         with pytest.raises(shoal.ConfigError, match="require"):

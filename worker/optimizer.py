@@ -107,7 +107,7 @@ class Optimizer(torch.optim.Optimizer):
             rules = (*rules, Rule("mean"))
         self._worker._register(arrays, rules, None, stale)
         trainer = self._worker._trainer
-        trainer.arrays = self._all() | controls
+        trainer.arrays, trainer.beside = self._all() | controls, controls
         trainer.begins.append(self._round_begins)
         if self._scaffold is not None:
             trainer.submits.append(self._scaffold.conclude)

@@ -27,7 +27,6 @@ from ..protocol.stale import Stale
 from . import calls
 from .arrays import Array, Bits, Cache, write
 from .parley import Input, Over
-from .scaffold import PREFIX
 
 if TYPE_CHECKING:
     import torch
@@ -162,6 +161,8 @@ class Trainer:
         self.policy = self.demanded(require)
         self.arrays: Mapping[str, Array] = {}
         """What is trained, by registered name."""
+        self.beside: Mapping[str, Array] = {}
+        """What of this is not in the model."""
         self.begins: list[Callable[[Round], None]] = []
         """Called when the weights of a round are in the arrays."""
         self.submits: list[Callable[[], None]] = []
@@ -204,7 +205,7 @@ class Trainer:
         arrays = dict(model) if isinstance(model, Mapping) else _floating(model)
         if exchange.cache is None:
             worker._register({name: (array, 0) for name, array in arrays.items()}, (Delta(),), timeout, Stale())
-        arrays |= {name: array for name, array in self.arrays.items() if name.startswith(PREFIX)}
+        arrays |= self.beside
         missing = sorted(exchange.templates.keys() - arrays.keys())
         if missing:
             raise ConfigError(f"the model that is registered has {missing[0]!r}, and this one has not")
