@@ -39,7 +39,7 @@ WARM_UP = 2
 BYTES_OF_ROUNDS = 4 * 10**7
 """Bytes that a turn moves each way, unless the least rounds are more or the most rounds are less."""
 LEAST_ROUNDS, MOST_ROUNDS = 3, 100
-LOOK, LOOKS = 1.0, 6
+LOOK, LOOKS = 1.0, 4
 """Seconds over which a contestant's idle processes, or the machine, are looked at, and how often at most."""
 LITTLE = 0.01
 """Cores. Who uses less with nothing to do has started, and would disturb nobody."""

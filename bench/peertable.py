@@ -16,7 +16,7 @@ from rich.text import Text
 
 from .table import PLAIN_WIDTH, size_text, time_text
 
-OURS = "shoal"
+OURS, LIMIT = "shoal", "memory"
 TITLES = {
     "shoal": "shoal",
     "shoal-own": "shoal, own arrays",
@@ -26,6 +26,7 @@ TITLES = {
     "zmq": "raw ZeroMQ",
     "gloo": "gloo, by hand",
     "gloo-all-reduce": "gloo all-reduce",
+    "memory": "(limit: memory)",
 }
 WAYS = {
     "push": "push",
@@ -98,7 +99,8 @@ def behind(report: dict[str, Any]) -> list[str]:
     found = []
     for size in report["sizes"]:
         for way, words in WAYS.items():
-            factors = {name: factor(size, name, way) for name in size["contestants"] if not name.startswith(OURS)}
+            rivals = [name for name in size["contestants"] if not name.startswith((OURS, LIMIT))]
+            factors = {name: factor(size, name, way) for name in rivals}
             ahead = [f"{title(name)} {ratio:.2g}" for name, ratio in factors.items() if 0 < ratio < 1]
             if ahead:
                 found.append(f"behind at {size_text(size['bytes'])}, {words}: of shoal's time take {', '.join(ahead)}")
@@ -143,10 +145,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 [1e3 * (times["seconds"] - times["fastest"]) for _, times in found],
                 [1e3 * (times["slowest"] - times["seconds"]) for _, times in found],
             ]
+            line = "--" if name.startswith(f"{OURS}-") else ":" if name == LIMIT else "-"
             pane.errorbar(
-                [nbytes for nbytes, _ in found], middle, spread, color=f"C{number}", label=title(name), marker="o",
-                markersize=4, capsize=2, elinewidth=0.8, linewidth=2.5 if name == OURS else 1.2,
-                linestyle="--" if name.startswith(f"{OURS}-") else "-",
+                [nbytes for nbytes, _ in found], middle, spread, label=title(name), marker="o", markersize=4, capsize=2,
+                elinewidth=0.8, linewidth=2.5 if name == OURS else 1.2, linestyle=line,
+                color="k" if name == LIMIT else f"C{number}",
             )  # fmt: skip
         pane.set(xscale="log", yscale="log", xlabel="bytes", title=WAYS[way])
         pane.grid(alpha=0.3)
