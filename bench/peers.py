@@ -9,7 +9,7 @@ Rules
   that are, of which it gives the median. What is printed is the median of the turns. The first turns are a warm-up.
 - At the end all weights must be, element by element, what the pushes have made: who has not done the work has no figures.
 - Who is not installed, is too slow, or fails, has a reason instead of figures; the others go on without it.
-- How busy others kept the machine is measured before and after, while all contestants are stopped.
+- How busy others kept the machine meanwhile is measured, and said.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BYTES_OF_ROUNDS = 4 * 10**7
 """Bytes that a turn moves each way, unless the least rounds are more or the most rounds are less."""
 LEAST_ROUNDS, MOST_ROUNDS = 3, 100
 LOOK, LOOKS = 1.0, 4
-"""Seconds over which a contestant's idle processes, or the machine, are looked at, and how often at most."""
+"""Seconds over which idle processes are looked at, and how often at most."""
 LITTLE = 0.01
 """Cores. Who uses less with nothing to do has started, and would disturb nobody."""
 START, TURN = 120.0, 60.0
@@ -103,14 +103,14 @@ def measured(
             which idle processes are looked at.
 
     Returns:
-        `bytes`; `rounds` of a turn; `load`, cores that others kept busy before and after; `contestants`: by name, for each of
+        `bytes`; `rounds` of a turn; `others`, cores that the rest of the machine used; `contestants`: by name, for each of
         `push, pull, view, step` that it does, seconds as `{"seconds", "fastest", "slowest"}` over turns, with `idle`, cores, and
         `pushes` that were checked; `without`: who has no figures, and why; `versions` of what they have loaded.
     """
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, BYTES_OF_ROUNDS // nbytes))
     taken: dict[str, list[dict[str, list[float]]]] = {name: [] for name in contestants}
     versions: dict[str, str] = {}
-    pushes, idle = {}, {}
+    pushes, idle, others = {}, {}, _Others()
     with _field() as field:
         for name, command in contestants.items():
             with field.excused(name):
@@ -121,13 +121,12 @@ def measured(
                 versions |= said.get("versions", {})
                 idle[name] = _idle(seat, look)
                 seat.rest()
-        load = [_busy(look)]
         for repetition in range(WARM_UP + repeat):
             for name in _rotated(list(field.seats), repetition):
                 with field.excused(name, f", in turn {repetition + 1}"):
-                    taken[name].append(field.seats[name].ask({"rounds": rounds}, turn))
+                    with others.beside(field.seats[name]):
+                        taken[name].append(field.seats[name].ask({"rounds": rounds}, turn))
                     field.seats[name].rest()
-        load.append(_busy(look))
         for name in list(field.seats):
             with field.excused(name):
                 checked = field.seats[name].ask({"check": True}, turn)
@@ -138,7 +137,7 @@ def measured(
     return {
         "bytes": nbytes,
         "rounds": rounds,
-        "load": [_short(cores) for cores in load],
+        "others": _short(others.cores),
         "contestants": {
             name: _figures(taken[name][WARM_UP:]) | {"idle": _short(idle[name]), "pushes": pushes[name]}
             for name in contestants
@@ -217,10 +216,29 @@ def _idle(seat: Seat, seconds: float) -> float:
     return least
 
 
-def _busy(seconds: float) -> float:
-    """Cores that are busy, for whomever."""
-    cpus = psutil.cpu_count() or 1
-    return float(psutil.cpu_percent(interval=seconds) / 100 * cpus)
+class _Others:
+    """Cores that the rest of the machine keeps busy while contestants have their turns."""
+
+    def __init__(self) -> None:
+        self._busy = self._seconds = 0.0
+
+    @property
+    def cores(self) -> float:
+        """The mean over all turns."""
+        return max(0.0, self._busy / self._seconds) if self._seconds else 0.0
+
+    @contextmanager
+    def beside(self, seat: Seat) -> Iterator[None]:
+        """Counts what the machine does within, but for the contestant and this process."""
+        used, started = _machine_seconds() - seat.cpu_seconds() - time.process_time(), time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - started
+        self._busy += _machine_seconds() - seat.cpu_seconds() - time.process_time() - used
+
+
+def _machine_seconds() -> float:
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 
 
 def _need_matplotlib() -> None:

@@ -119,7 +119,7 @@ def missing(report: dict[str, Any]) -> list[str]:
 def loads(report: dict[str, Any]) -> list[str]:
     """How busy others kept the machine."""
     return [
-        f"cores that others kept busy at {size_text(size['bytes'])}: {size['load'][0]:.2g} before, {size['load'][1]:.2g} after"
+        f"cores that the rest of the machine kept busy at {size_text(size['bytes'])}: {size['others']:.2f}"
         for size in report["sizes"]
     ]
 
