@@ -338,7 +338,7 @@ def _serve_rpc(nbytes: int, port: int) -> None:
 def ray_actor(nbytes: int) -> Iterator[Calls]:
     """An actor; arrays travel through Ray's shared-memory object store, and are read there without a copy."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    os.environ["RAY_worker_niceness"] = "0"  # its actors would stand back behind everybody else's processes
+    os.environ |= {"RAY_worker_niceness": "0"}  # its actors would stand back behind everybody else's processes
     import ray
 
     ray.init(
