@@ -44,7 +44,7 @@ bench: $(BIN)/shoal      ## push and pull beside the limits of this machine
 bench-peers: $(BIN)/shoal  ## the same beside torch RPC, Ray, gloo and raw ZeroMQ, installed in a place of their own
 	test -x .peers/bin/shoal || { $(PYTHON) -m venv .peers && \
 	.peers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . -r bench/peers.txt; }
-	.peers/bin/shoal bench peers --plot docs/peers
+	.peers/bin/shoal bench peers --save docs/peers
 
 bench-growth: $(BIN)/shoal  ## time, memory and idle load as shards, workers, tensors and bytes grow; a thousand workers are simulated
 	$(BIN)/shoal bench growth

@@ -260,9 +260,9 @@ def pushpull(sizes: str, repeat: int, shards: int, optimizer: str, as_json: bool
     "--repeat", default=9, show_default=True, type=click.IntRange(3), help="Runs of each; medians are printed."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-@click.option("--plot", default="", metavar="PATH", help="Draw PATH.png and PATH.svg, too.")
-def peers(sizes: str, repeat: int, as_json: bool, plot: str) -> int:
-    """Push and pull beside others doing the same work: raw ZeroMQ, gloo, torch RPC, Ray where it is installed.
+@click.option("--save", default="", metavar="PATH", help="Write PATH.json, PATH.png and PATH.svg, too.")
+def peers(sizes: str, repeat: int, as_json: bool, save: str) -> int:
+    """Push and pull beside others doing the same work: torch RPC, gloo, raw ZeroMQ, and Ray where it is installed.
 
     \b
     Examples:
@@ -271,7 +271,7 @@ def peers(sizes: str, repeat: int, as_json: bool, plot: str) -> int:
     """
     from .bench.peers import main as measure
 
-    return measure(sizes, repeat, as_json, plot)
+    return measure(sizes, repeat, as_json, save)
 
 
 @bench.command()

@@ -1,168 +1,248 @@
 """`shoal bench peers`: seconds of a push and of a pull, shoal beside those who could do the same work, in one run.
 
+What is timed, and who takes part, says `shoal.bench.rivals`.
+
 Rules
-- Contestants take turns, round by round, so that noise hits all alike. What is printed is the median of the repetitions' medians.
-- A size is measured in a process of its own: some rivals can be started once a process.
-- After the last round each must hold exactly the weights that its pushes have made: who has not done the work is an error.
-- Who is not installed does not take part, and that is said.
+- Each contestant is processes of its own, started once for a size, and stopped while others have their turn: some burn a core
+  while they wait. How much of a core each uses with nothing to do is measured before that, and said.
+- Turns go round, each time beginning with the next one, so that noise hits all alike. A turn is a round that is not timed and some
+  that are, of which it gives the median. What is printed is the median of the turns. The first turns are a warm-up.
+- At the end all weights must be, element by element, what the pushes have made: who has not done the work has no figures.
+- Who is not installed, is too slow, or fails, has a reason instead of figures; the others go on without it.
+- How busy others kept the machine meanwhile is measured, and said.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import warnings
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import inf
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
+import psutil  # type: ignore[import-untyped]
 
 from ..protocol.errors import ConfigError, ShoalError
-from .pushpull import WARM_UP, machine, measure, read_sizes
-from .table import PLAIN_WIDTH, size_text
+from .peertable import OURS, draw, show
+from .pushpull import machine, read_sizes
+from .rivals import CONTESTANTS
+from .seats import Seat, kept
+from .table import size_text
 
 SIZES = (400, 40_000, 4_000_000, 100_000_000)
-MOST_ROUNDS = 50
-BYTES_OF_ROUNDS = 10**7
-OURS = "shoal"
+WARM_UP = 2
+BYTES_OF_ROUNDS = 4 * 10**7
+"""Bytes that a turn moves each way, unless the least rounds are more or the most rounds are less."""
+LEAST_ROUNDS, MOST_ROUNDS = 3, 100
+LOOK, LOOKS = 1.0, 4
+"""Seconds over which idle processes are looked at, and how often at most."""
+LITTLE = 0.01
+"""Cores. Who uses less with nothing to do has started, and would disturb nobody."""
+START, TURN = 120.0, 60.0
+"""Seconds that a contestant has to begin, and for a turn."""
+
+Commands = Mapping[str, Sequence[str]]
 
 
-def main(sizes: str = "", repeat: int = 9, as_json: bool = False, plot: str = "") -> int:
+def main(sizes: str = "", repeat: int = 9, as_json: bool = False, save: str = "") -> int:
     """Measure, and print.
 
     Args:
         sizes: as typed; empty for 400 B to 100 MB.
-        repeat: repetitions.
-        plot: a path without its ending, for a PNG and an SVG; empty for none.
+        repeat: turns of each that count.
+        save: a path without its ending, for the JSON, a PNG and an SVG; empty for none.
 
     Raises:
-        BadFlag: `sizes` cannot be read. ShoalError: a contestant failed, or did not do the work.
+        BadFlag: `sizes` cannot be read. ConfigError: `save` needs matplotlib, which is not installed. ShoalError: shoal itself has
+            failed; what was found of the others is printed before.
     """
     wanted = read_sizes(sizes) if sizes.strip() else SIZES
+    if save:
+        _need_matplotlib()
     found = []
-    for nbytes in wanted:
-        click.echo(f"measuring {size_text(nbytes)}", err=True)
-        found.append(_in_a_process(nbytes, repeat))
-    from .rivals import versions
-
-    report = {"machine": machine(), "versions": versions(), "repeat": repeat, "sizes": found}
+    for number, nbytes in enumerate(wanted, 1):
+        click.echo(f"measuring {size_text(nbytes)} ({number} of {len(wanted)})", err=True)
+        found.append(measured(nbytes, repeat, commands(nbytes), look=LOOK))
+    report = {
+        "machine": machine(),
+        "versions": {name: number for size in found for name, number in size.pop("versions").items()},
+        "repeat": repeat,
+        "commands": {name: ["python", *command[1:-1], "BYTES"] for name, command in commands(0).items()},
+        "sizes": found,
+    }
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
-        _show(report)
-    if plot:
-        draw(report, plot)
+        show(report)
+    if save:
+        Path(save).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        draw(report, Path(save))
+    for size in found:
+        if OURS in size["without"]:
+            raise ShoalError(f"shoal itself has no figures for {size_text(size['bytes'])}: {size['without'][OURS]}")
     return 0
 
 
-def _in_a_process(nbytes: int, repeat: int) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", __spec__.name, str(nbytes), str(repeat)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
-        timeout=1800,
-    )
-    if done.returncode:
-        raise ShoalError(f"measuring {size_text(nbytes)} failed (exit {done.returncode})")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+def commands(nbytes: int) -> Commands:
+    """What runs each contestant."""
+    return {name: (sys.executable, "-P", "-m", "shoal.bench.rivals", name, str(nbytes)) for name in CONTESTANTS}
 
 
-def measured(nbytes: int, repeat: int) -> dict[str, Any]:
-    """Seconds of every contestant for one size.
+def measured(
+    nbytes: int, repeat: int, contestants: Commands, *, start: float = START, turn: float = TURN, look: float = LOOK
+) -> dict[str, Any]:
+    """One size.
 
-    Raises:
-        ShoalError: one has not done the work.
+    Args:
+        contestants: commands by name, each as `shoal.bench.seats` wants it. start, turn: seconds that each has. look: seconds over
+            which idle processes are looked at.
+
+    Returns:
+        `bytes`; `rounds` of a turn; `others`, cores that the rest of the machine used; `contestants`: by name, for each of
+        `push, pull, view, step` that it does, seconds as `{"seconds", "fastest", "slowest"}` over turns, with `idle`, cores, and
+        `pushes` that were checked; `without`: who has no figures, and why; `versions` of what they have loaded.
     """
-    import torch
-
-    from .rivals import CONTESTANTS, LR
-
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", "You are using a Backend")  # torch RPC's own use of gloo
-    rounds = max(1, min(MOST_ROUNDS, BYTES_OF_ROUNDS // nbytes))
-    absent: dict[str, str] = {}
-    with ExitStack() as stack:
-        entered = {}
-        for name, contestant in CONTESTANTS.items():
-            try:
-                entered[name] = stack.enter_context(contestant(nbytes))
-            except ImportError as error:
-                absent[name] = str(error)
-        named = [{f"{name}|{way}": call for way, call in calls.items()} for name, calls in entered.items()]
-        seconds = measure(named, repeat, rounds)
-        pushes = (WARM_UP + repeat) * rounds
-        for name, calls in entered.items():
-            values = calls["pull"]()
-            if not (values[0] == values[-1] == -pushes * LR):
-                raise ShoalError(f"{name}: {pushes} pushes have made {values[0]} and {values[-1]}, not {-pushes * LR}")
-    ways = {name: {way: float(f"{seconds[f'{name}|{way}']:.4g}") for way in ("push", "pull")} for name in entered}
-    return {"bytes": nbytes, "seconds": ways, "absent": absent}
-
-
-def _show(report: dict[str, Any]) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = PLAIN_WIDTH
-    known = ", ".join(f"{name} {number or 'not installed'}" for name, number in report["versions"].items())
-    console.print(f"{report['machine']['cpus']} CPUs, Python {report['machine']['python']}, {known}")
-    console.print(f"milliseconds, medians of {report['repeat']}; (x) is theirs / shoal's\n")
-    for way in ("push", "pull"):
-        names = list(dict.fromkeys(name for size in report["sizes"] for name in size["seconds"]))
-        table = Table(box=None, pad_edge=False)
-        table.add_column(way)
-        for name in names:
-            table.add_column(name, justify="right")
-        for size in report["sizes"]:
-            table.add_row(size_text(size["bytes"]), *(_cell(size["seconds"], name, way) for name in names))
-        console.print(table, "\n")
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, BYTES_OF_ROUNDS // nbytes))
+    taken: dict[str, list[dict[str, list[float]]]] = {name: [] for name in contestants}
+    versions: dict[str, str] = {}
+    pushes, idle, others = {}, {}, _Others()
+    with _field() as field:
+        for name, command in contestants.items():
+            with field.excused(name):
+                seat = field.enter(name, command)
+                said = seat.answer(start)
+                if "ready" not in said:
+                    raise ShoalError(str(said.get("absent", said)))
+                versions |= said.get("versions", {})
+                idle[name] = _idle(seat, look)
+                seat.rest()
+        for repetition in range(WARM_UP + repeat):
+            for name in _rotated(list(field.seats), repetition):
+                with field.excused(name, f", in turn {repetition + 1}"):
+                    with others.beside(field.seats[name]):
+                        taken[name].append(field.seats[name].ask({"rounds": rounds}, turn))
+                    field.seats[name].rest()
+        for name in list(field.seats):
+            with field.excused(name):
+                checked = field.seats[name].ask({"check": True}, turn)
+                if checked["wrong"]:
+                    raise ShoalError(f"{checked['pushes']} pushes have left {checked['wrong']} elements wrong")
+                pushes[name] = checked["pushes"]
+                field.seats.pop(name).close()
+    return {
+        "bytes": nbytes,
+        "rounds": rounds,
+        "others": _short(others.cores),
+        "contestants": {
+            name: _figures(taken[name][WARM_UP:]) | {"idle": _short(idle[name]), "pushes": pushes[name]}
+            for name in contestants
+            if name in pushes
+        },
+        "without": field.without,
+        "versions": versions,
+    }
 
 
-def _cell(seconds: dict[str, dict[str, float]], name: str, way: str) -> str:
-    if name not in seconds:
-        return "-"
-    mine, theirs = seconds[OURS][way], seconds[name][way]
-    ratio = "" if name == OURS else f" ({theirs / mine:.2g}x)"
-    return f"{1e3 * theirs:.3g}{ratio}"
+class _Field:
+    """Those who still take part, and why the others do not."""
+
+    def __init__(self, mark: str, folder: Path) -> None:
+        self._mark, self._folder = mark, folder
+        self.seats: dict[str, Seat] = {}
+        self.without: dict[str, str] = {}
+
+    def enter(self, name: str, command: Sequence[str]) -> Seat:
+        """Starts a contestant."""
+        number = str(len(self.seats) + len(self.without))
+        folder = self._folder / number
+        folder.mkdir()
+        self.seats[name] = Seat(command, f"{self._mark}.{number}", folder)
+        return self.seats[name]
+
+    @contextmanager
+    def excused(self, name: str, when: str = "") -> Iterator[None]:
+        """Who fails within is ended, with the reason, and the rest goes on."""
+        try:
+            yield
+        except ShoalError as error:
+            self.without[name] = f"{error}{when}"
+            self.seats.pop(name).close(kill=True)
 
 
-def draw(report: dict[str, Any], path: str) -> None:
-    """Times over sizes, both logarithmic: `path`.png and `path`.svg.
+@contextmanager
+def _field() -> Iterator[_Field]:
+    with kept() as (mark, folder):
+        field = _Field(mark, folder)
+        try:
+            yield field
+        finally:
+            for seat in field.seats.values():
+                seat.close(kill=True)
 
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+
+def _rotated(names: list[str], by: int) -> list[str]:
+    at = by % len(names) if names else 0
+    return [*names[at:], *names[:at]]
+
+
+def _figures(turns: list[dict[str, list[float]]]) -> dict[str, Any]:
+    found = {}
+    for way in ("push", "pull", "view", "step"):
+        if medians := [median(turn[way]) for turn in turns if way in turn]:
+            figures = {"seconds": median(medians), "fastest": min(medians), "slowest": max(medians)}
+            found[way] = {name: _short(seconds) for name, seconds in figures.items()}
+    return found
+
+
+def _short(number: float) -> float:
+    """Four digits that count: the rest is noise."""
+    return float(f"{number:.4g}")
+
+
+def _idle(seat: Seat, seconds: float) -> float:
+    """Cores that a contestant uses while nobody asks it anything: the least of some looks, for some (Ray) are still starting."""
+    least = inf
+    for _ in range(LOOKS):
+        used, started = seat.cpu_seconds(), time.perf_counter()
+        time.sleep(seconds)
+        least = min(least, (seat.cpu_seconds() - used) / (time.perf_counter() - started))
+        if least < LITTLE:
+            break
+    return least
+
+
+class _Others:
+    """Cores that the rest of the machine keeps busy while contestants have their turns."""
+
+    def __init__(self) -> None:
+        self._busy = self._seconds = 0.0
+
+    @property
+    def cores(self) -> float:
+        """The mean over all turns."""
+        return max(0.0, self._busy / self._seconds) if self._seconds else 0.0
+
+    @contextmanager
+    def beside(self, seat: Seat) -> Iterator[None]:
+        """Counts what the machine does within, but for the contestant and this process."""
+        used, started = _machine_seconds() - seat.cpu_seconds() - time.process_time(), time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - started
+        self._busy += _machine_seconds() - seat.cpu_seconds() - time.process_time() - used
+
+
+def _machine_seconds() -> float:
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
+
+
+def _need_matplotlib() -> None:
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError:
-        raise ConfigError("--plot needs matplotlib, which is not installed", hint="pip install matplotlib") from None
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "shoal"
-    from matplotlib import pyplot
-
-    figure, panes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    sizes = [size["bytes"] for size in report["sizes"]]
-    for pane, way in zip(panes, ("push", "pull"), strict=True):
-        for name in report["sizes"][0]["seconds"]:
-            times = [1e3 * size["seconds"].get(name, {}).get(way, float("nan")) for size in report["sizes"]]
-            pane.loglog(sizes, times, marker="o", lw=2.5 if name == OURS else 1.2, label=name)
-        pane.set_title(way)
-        pane.set_xlabel("bytes")
-        pane.grid(alpha=0.3)
-    panes[0].set_ylabel("milliseconds")
-    panes[0].legend()
-    figure.tight_layout()
-    for ending in ("png", "svg"):
-        figure.savefig(
-            Path(path).with_suffix(f".{ending}"), dpi=120, metadata={"Date": None} if ending == "svg" else None
-        )
-    pyplot.close(figure)
-
-
-if __name__ == "__main__":
-    print(json.dumps(measured(int(sys.argv[1]), int(sys.argv[2]))))
+        raise ConfigError("--save needs matplotlib, which is not installed", hint="pip install matplotlib") from None

@@ -119,14 +119,15 @@ class Run:
         self._look(inquiry)
         begun = self._status is None or not self._status["waiting_for"]
         joined = self._status is not None and any(w["name"] == worker.name for w in self._status["workers"])
-        others = self._status is not None and any(w["state"] in ("live", "idle") for w in self._status["workers"])
+        present = self._status is not None and any(w["state"] in ("live", "idle") for w in self._status["workers"])
         if worker.code:
             servers.died(worker.name)
             if not begun:
                 self._trouble = f"worker {worker.name} failed before the first step ({worker.ended()})"
-            elif self._running:
-                display.say(f"worker {worker.name} is gone ({worker.ended()}); the others go on", "yellow")
-        elif not begun and not joined and others and self._running:
+            else:
+                others = "; the others go on" if self._running else ""
+                display.say(f"worker {worker.name} is gone ({worker.ended()}){others}", "yellow")
+        elif not begun and not joined and present and self._running:
             self._trouble = f"worker {worker.name} ended without joining, and the others wait for it"
 
     # --- the end

@@ -47,7 +47,9 @@ def main() -> int:
         import torch
 
         from .shard import Shard
+        from .uncompiled import compile_nothing
 
+        compile_nothing()
         torch.set_num_threads(int(config["threads"]))
         key = key_text(door.public) if door.public else ""
         core, label = Shard(_random(), config["advertise"], listener.port, key, wall), "shard"

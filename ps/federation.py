@@ -165,8 +165,9 @@ class Federation:
     def _concluded(self, end: Concluded) -> None:
         self.last = end
         if end.released is None:
-            self.abandoned += 1
-            self._out.append(Log("warning", f"round {end.round} was abandoned: {end.why}"))
+            self.abandoned += not end.declined
+            level = "info" if end.declined else "warning"
+            self._out.append(Log(level, f"round {end.round} was abandoned: {end.why}"))
             return
         self.said = dict(end.released.metrics)
         count = len(end.released.survivors)

@@ -108,6 +108,7 @@ class Session:
     Attributes:
         asked: may a client have given shares? Then the round's number is used up.
         result: what the shards were told to apply, once the stage is RELEASED. why: it was abandoned.
+        declined: it was abandoned because clients left before they took part, as they do at their end.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Session:
         self.shards = tuple(shards)
         self.counters: Counter[str] = Counter()
         self.out: list[Say] = []
-        self.asked, self.why = False, ""
+        self.asked, self.why, self.declined = False, "", False
         self.result: Released | None = None
         self._masked = plan.threshold > 0
         self._quorum = max(plan.minimum, plan.threshold)
@@ -257,6 +258,7 @@ class Session:
             return False
         names = {incarnation: self._cohort[incarnation] for incarnation in here}
         if len(here) < self._quorum:
+            self.declined = now < self._deadline
             return self._abandon(f"{len(here)} of {self._quorum} clients have advertised", now)
         self._members = tuple(sorted(names, key=names.__getitem__))
         for late in self._cohort.keys() - here - self._gone:

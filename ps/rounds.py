@@ -48,6 +48,9 @@ PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds between a round that was abandoned and the next try; twice as many after each, up to this."""
 MAX_SESSION = 1 << 62
 
+PATIENCE = 2.0
+"""Seconds until it is said that no round can begin: workers that end do so one by one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Workers:
@@ -97,12 +100,14 @@ class Concluded:
 
     Attributes:
         released: what was applied, or None if it was abandoned: then `why`.
+        declined: it was abandoned because clients left before they took part.
     """
 
     round: int
     session: int
     released: Released | None
     why: str
+    declined: bool = False
 
 
 RoundsEvent: TypeAlias = Received | Tick | Workers | Placed | Unplaced | Hold | Go
@@ -134,6 +139,7 @@ class Rounds:
         self.counters: Counter[str] = Counter()
         self._below, self._peers = below, peers
         self._groups = Groups(recipe.group, below) if recipe.group else None
+        self._warn_at = inf
         self._number = below(MAX_SESSION)
         self._names: dict[int, str] = {}
         self._placed: Placed | None = None
@@ -164,6 +170,7 @@ class Rounds:
             self._repeats.wake_at,
             self.session.wake_at if self.session else inf,
             self._not_before if idle and self._possible else inf,
+            self._warn_at,
         )
 
     def handle(self, event: RoundsEvent, now: float) -> list[RoundsEffect]:
@@ -185,7 +192,9 @@ class Rounds:
             case Go():
                 self._held = ""
             case Tick():
-                pass
+                if now >= self._warn_at:
+                    self._warn_at = inf
+                    self._out.append(Log("warning", f"a federated round cannot begin: {self.problem}"))
         self._go_on()
         for to, message in self._repeats.due(now):
             self._out.append(Say(to, message))
@@ -196,7 +205,7 @@ class Rounds:
     def _workers(self, names: Mapping[int, str]) -> None:
         lost = self._names.keys() - names.keys()
         if self._names != names:
-            self.problem = ""
+            self.problem, self._warn_at = "", inf
         self._names = dict(names)
         for incarnation in lost:
             if self.session is not None:
@@ -258,7 +267,9 @@ class Rounds:
         session.out.clear()
         if session.settled and not self._concluded:
             self._concluded = True
-            self._out.append(Concluded(session.plan.round, session.number, session.result, session.why))
+            self._out.append(
+                Concluded(session.plan.round, session.number, session.result, session.why, session.declined)
+            )
             if session.result is not None:
                 self.completed += 1
                 self._mean = session.result.weight * session.plan.reference / len(session.result.survivors)
@@ -323,9 +334,7 @@ class Rounds:
             if self.ledger is not None and not self._afforded(self.ledger, plan):
                 return
         except ConfigError as error:
-            if str(error) != self.problem:
-                self.problem = str(error)
-                self._out.append(Log("warning", f"a federated round cannot begin: {error}"))
+            self.problem, self._warn_at = str(error), self._now + PATIENCE
             return
         self._concluded = False
         wanted = len(cohort) if self._groups else self.recipe.clients

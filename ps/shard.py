@@ -161,7 +161,7 @@ class Shard:
         if message.run != self.run:
             self.run, self.epoch = message.run, 0
         if message.index != self.index:
-            self.weights = None
+            self.weights = self.accumulator = None
         self.index, self._welcomed = message.index, True
         self._report()
 

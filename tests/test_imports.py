@@ -52,6 +52,7 @@ EVERYWHERE = {"zmq": (*ROOMS[:5], ""), "click": (*ROOMS[:5], "")}
 TORCH = {
     *(
         "ps/fedopt.py",
+        "ps/uncompiled.py",
         "worker/scaffold.py",
         "ps/rules.py",
         "ps/weights.py",
