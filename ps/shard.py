@@ -459,9 +459,9 @@ class Shard:
             del self._pulls[incarnation]
 
     def _within(self, incarnation: int, clock: int) -> bool:
-        """The staleness rule."""
-        bound = needed(self._phases, clock)
-        return self.clocks.min >= bound or (incarnation not in self.clocks and not self._sync(clock))
+        """The staleness rule: a reader who is not counted in waits for averages alone."""
+        bound = needed if incarnation in self.clocks or self._sync(clock) else opens
+        return self.clocks.min >= bound(self._phases, clock)
 
     def _values(self, pull: Pull) -> None:
         assert self.weights is not None

@@ -38,6 +38,8 @@ class Held:
     counters: dict[str, float] = field(default_factory=dict)
     told: int = 0
     """The epoch of the newest view that was sent."""
+    survivor: bool = False
+    """Did it come with a model of before our start?"""
     told_at: float = -inf
     model_sent_at: float = -inf
 
@@ -76,6 +78,11 @@ class Shards:
         return self.fixed > 0 and all(
             i in self._held and self._held[i].digest == self.digest for i in range(self.fixed)
         )
+
+    @property
+    def resuming(self) -> bool:
+        """Do shards hold a model that nobody has described to us yet?"""
+        return not self.fixed and any(held.survivor for held in self)
 
     @property
     def opened(self) -> bool:
@@ -128,7 +135,7 @@ class Shards:
         if not self.fixed and join.digest:
             self.wanted = max(self.wanted, min(join.shards, MAX_SHARDS))
         place = Place(index, join.incarnation, join.host, join.port, join.key)
-        self._held[index] = Held(place, peer, now)
+        self._held[index] = Held(place, peer, now, survivor=bool(join.digest))
         return self._held[index], True
 
     def _choose(self, join: ShardJoin, now: float) -> int | None:

@@ -87,6 +87,8 @@ class Modes:
             return "mode", f"a staleness of {then.staleness:g}; it is 0, 1, 2, … or inf"
         if self._next not in (None, then):
             return "busy", "another change is under way"
+        if shards.resuming:
+            return "early", "the shards hold a model of before the coordinator's start; no worker has described it yet"
         resting = self.now.mode == "federated" and not shards.counted  # what is done there waits for no clock
         if self._next is None and shards.fixed and shards.floor < self.now.clock and not resting:
             return "early", f"the last change is not over: not everybody has reached clock {self.now.clock} yet"

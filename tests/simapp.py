@@ -18,7 +18,7 @@ from shoal.protocol.effects import COORDINATOR, Fail, Received, Resolve, Tick
 from shoal.protocol.errors import ServerLost, WorkerEvicted
 from shoal.protocol.messages import Place, Switch
 from shoal.protocol.model import ModelSpec, Tensor
-from shoal.protocol.records import Phase
+from shoal.protocol.records import Phase, Phases
 from shoal.protocol.rules import SGD
 from shoal.ps.coordinator import Coordinator
 from shoal.ps.settings import Settings
@@ -408,7 +408,7 @@ class Cluster:
         """After every event: who is counted in, who has ended, which modes. An observer from above, not part of the system."""
         if "coordinator" in self.sim.nodes:
             self._live = {life.incarnation for life in self.coordinator.members}
-            self._phase(self.coordinator.modes.now)
+            self._phase(self.coordinator.modes.phases)
         live, now = self._live, self.sim.now
         for shard in self.shards():
             if shard.filled and self._filled.get(shard.index) != shard.incarnation:
@@ -436,9 +436,15 @@ class Cluster:
             if life.incarnation not in live and life.ended_at == inf:
                 life.ended_at = now
 
-    def _phase(self, newest: Phase) -> None:
-        phases, updates = self.history.phases, self.history.updates.values()
-        if newest.clock > max(phases) or (not updates and newest != phases[0]):
+    def _phase(self, known: Phases) -> None:
+        """What the coordinator goes by: its settings if it is new, until a shard with a layout tells it what was agreed."""
+        phases, updates, newest = self.history.phases, self.history.updates.values(), known[-1]
+        if not updates:
+            for clock in [clock for clock in phases if clock > newest.clock]:
+                del phases[clock]
+            phases.update({phase.clock: phase for phase in known})
+            self.settings = replace(self.settings, mode=newest.mode, staleness=newest.staleness)
+        elif newest.clock > max(phases):
             if any(update.clock >= newest.clock for update in updates if update.incarnation in self._live):
                 raise Violation(f"{newest} begins where somebody has been")
             self._clocks_lost |= any(update.clock >= newest.clock for update in updates)

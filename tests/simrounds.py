@@ -15,7 +15,7 @@ from simapp import ELEMENTS, App, Cluster
 
 from shoal.protocol.errors import RoundClosed, ServerLost
 from shoal.protocol.join import CLEAR
-from shoal.protocol.records import Phase
+from shoal.protocol.records import Phases
 from shoal.protocol.secure.plan import Policy
 from shoal.protocol.session import blocks_digest, model_digest
 from shoal.ps.recipe import Recipe
@@ -150,9 +150,9 @@ class FedCluster(Cluster):
         if session is not None and session.result is not None:
             self.released[session.number] = session.survivors
 
-    def _phase(self, newest: Phase) -> None:
-        self.federated += newest.mode == "federated" and newest.clock not in self.history.phases
-        super()._phase(newest)
+    def _phase(self, known: Phases) -> None:
+        self.federated += known[-1].mode == "federated" and known[-1].clock not in self.history.phases
+        super()._phase(known)
 
 
 def check_rounds(cluster: FedCluster, final: dict[int, list[float]]) -> None:

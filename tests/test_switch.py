@@ -155,6 +155,16 @@ def test_a_restarted_coordinator_takes_the_phases_over() -> None:
     assert (m.Phase(0, "async", 1.0),) == other.core.modes.phases, "no shard may make up a mode"
 
 
+def test_a_survivor_is_described_before_the_mode_changes() -> None:
+    """Nobody asks it before there is a layout: a change would be known to all but the shards."""
+    bench = CoordinatorBench()
+    bench.hear(b"s0", m.ShardJoin(SHARD, "host", 1000, "", 0, 1, "layout", (START,)))
+    asked(bench)
+    refused = bench.to(OPERATOR, m.Refused)[-1]
+    assert "early" == refused.code and "no worker has described it yet" in refused.text
+    assert (START,) == bench.core.modes.phases
+
+
 # --- the shard
 
 
@@ -193,6 +203,19 @@ def test_averages_are_closed_before_steps_that_are_not_averaged() -> None:
 
     said = bench.push(2, 0, 0.0, -2.0)
     assert [9.0, 1.0] == np.frombuffer(only(m.Values, said).buffers[0], np.float32).tolist()
+
+
+def test_who_rests_reads_closed_averages() -> None:
+    """A worker that is not counted in waits for nobody's step in `async`, but for the averages before it."""
+    bench = ShardBench(mode="sync")
+    bench.start(1, 2)
+    bench.push(1, 0, -2.0, 0.0)
+    bench.view((1, 2), phases=(m.Phase(0, "sync", 0.0), m.Phase(1, "async", inf)))
+    bench.do(m.Pause, 1, 1)
+    assert [] == [x for x in bench.pull(1, clock=1, after=4) if isinstance(x, m.Values)]
+
+    said = bench.push(2, 0, 0.0, -2.0)
+    assert [1.0, 1.0] == np.frombuffer(only(m.Values, said).buffers[0], np.float32).tolist()
 
 
 def test_a_shard_keeps_what_was_decided() -> None:
