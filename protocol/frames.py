@@ -23,7 +23,7 @@ from .rounds import ONE_BUFFER, TWO_BUFFERS
 from .schema import Buffer, Check, Malformed, checks_of
 
 VERSION = 1
-MAX_HEADER = 1024 * 1024
+MAX_HEADER = 3 * 1024 * 1024
 MAX_BUFFER = 16 * 1024 * 1024 + 64 * 1024
 MAX_BUFFERS = 1026
 

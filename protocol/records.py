@@ -42,5 +42,5 @@ class Phase:
 
 
 Places = Annotated[tuple[Place, ...], records(Place, 1024)]
-Members = Annotated[tuple[Member, ...], records(Member, 4096)]
+Members = Annotated[tuple[Member, ...], records(Member, 16_384)]
 Phases = Annotated[tuple[Phase, ...], records(Phase, 2)]

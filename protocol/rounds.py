@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, TypeAlias
 
 from .schema import U32, U63, U64, Flag, Indices, Numbers, Real, Text, integer, listing, string
 
-MAX_MEMBERS = 4096
+MAX_MEMBERS = 16_384
 MAX_METRICS = 64
 NOTHING, READY, APPLIED = range(3)
 """How a session ended at a shard: not at all, with an average that waits to be applied, applied."""

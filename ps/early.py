@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..protocol.effects import Peer
 from ..protocol.messages import Hello, View
 
-MOST = 4096
+MOST = 16_384
 
 
 class Early:

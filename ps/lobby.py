@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from ..protocol.effects import Peer
 from ..protocol.messages import Join
 
-MOST = 4096
+MOST = 16_384
 LASTS = 5.0
 """Seconds for which a join counts."""
 

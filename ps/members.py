@@ -23,7 +23,7 @@ REMEMBERED = 65_536
 SHOWN = 256
 """Ended lives that status shows."""
 
-MAX_LIVE = 4096
+MAX_LIVE = 16_384
 
 
 @dataclass(slots=True)

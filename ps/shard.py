@@ -152,8 +152,8 @@ class Shard:
 
     def _join(self) -> None:
         digest = self.weights.layout.digest if self.weights else ""
-        who = (self.incarnation, *self._place)
-        self._send(COORDINATOR, ShardJoin(*who, self.index, self._shards, digest, self._phases))
+        who, decided = (self.incarnation, *self._place), self._phases if self.filled else ()
+        self._send(COORDINATOR, ShardJoin(*who, self.index, self._shards, digest, decided))
 
     def _welcome(self, _: Peer, message: ShardWelcome) -> None:
         if message.incarnation != self.incarnation:

@@ -108,7 +108,7 @@ def test_everything_is_in_the_context() -> None:
         {"round": True},
         {"protection": "none"},
         {"cohort": 0},
-        {"cohort": 4097, "degree": 4096},
+        {"cohort": 16_385, "degree": 16_384},
         {"minimum": 0},
         {"minimum": 11},
         {"minimum": 6},

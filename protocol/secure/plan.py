@@ -26,7 +26,7 @@ STREAM = 1
 """The number of the masks' stream: AES-256-CTR as in `masks`."""
 MAX_BYTES = 1 << 18
 """Of a packed plan."""
-MAX_CLIENTS = 4096
+MAX_CLIENTS = 16_384
 MAX_SHARDS = 1024
 MAX_SETTINGS = 1024
 MAX_METRICS = 64
