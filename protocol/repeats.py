@@ -6,6 +6,7 @@ Rules
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
@@ -24,50 +25,74 @@ class _Owed:
 
 
 class Repeats:
-    """What is not noted yet, by receiver and type."""
+    """What is not noted yet, by receiver and type. What it costs does not grow with how much is owed, but once in `EVERY`."""
 
     def __init__(self) -> None:
-        self._owed: dict[tuple[int, int], _Owed] = {}
+        self._owed: dict[int, dict[int, _Owed]] = {}
+        self._kinds: Counter[int] = Counter()
+        self._next = inf
+        """Nothing is due before."""
 
     def __len__(self) -> int:
-        return len(self._owed)
+        return self._kinds.total()
 
     def put(self, to: int, message: RoundMessage, now: float) -> RoundMessage:
         """Keep a message until it is noted. It is to be sent now."""
-        self._owed[to, message.TYPE] = _Owed(message, now + EVERY)
+        theirs = self._owed.setdefault(to, {})
+        self._kinds[message.TYPE] += message.TYPE not in theirs
+        theirs[message.TYPE] = _Owed(message, now + EVERY)
+        self._next = min(self._next, now + EVERY)
         return message
 
     def noted(self, to: int, note: Noted) -> RoundMessage | None:
         """The message that this settles, if it was owed: one with another number is not."""
-        owed = self._owed.get((to, note.kind))
+        owed = self._owed.get(to, {}).get(note.kind)
         if owed is None or owed.message.session != note.session or number(owed.message) != note.number:
             return None
-        del self._owed[to, note.kind]
+        self._settle(to, note.kind)
         return owed.message
 
-    def drop(self, condition: Callable[[int, RoundMessage], bool] = lambda to, message: True) -> None:
-        """Forget what is owed to these, or all of it."""
-        for key in [key for key, owed in self._owed.items() if condition(key[0], owed.message)]:
-            del self._owed[key]
+    def _settle(self, to: int, kind: int) -> None:
+        del self._owed[to][kind]
+        self._kinds[kind] -= 1
+        if not self._owed[to]:
+            del self._owed[to]
+
+    def drop(self, condition: Callable[[RoundMessage], bool] = lambda message: True) -> None:
+        """Forget what is owed of these, or all of it."""
+        for to, kind in [
+            (to, k) for to, theirs in self._owed.items() for k, o in theirs.items() if condition(o.message)
+        ]:
+            self._settle(to, kind)
+
+    def forget(self, to: int) -> None:
+        """Whoever it is, it is told nothing more."""
+        for kind in list(self._owed.get(to, ())):
+            self._settle(to, kind)
 
     def owed(self, to: int) -> bool:
         """Is anything not noted by this receiver?"""
-        return any(receiver == to for receiver, _ in self._owed)
+        return to in self._owed
 
     def owes(self, kind: type[Any]) -> bool:
         """Is a message of this kind not noted yet, by anybody?"""
-        return any(number == kind.TYPE for _, number in self._owed)
+        return self._kinds[kind.TYPE] > 0
 
     def due(self, now: float) -> Iterator[tuple[int, RoundMessage]]:
         """What is to be sent again now."""
-        for (to, _), owed in list(self._owed.items()):
-            if owed.due <= now:
-                owed.due = now + EVERY
-                yield to, owed.message
+        if now < self._next:
+            return
+        late = [(to, owed) for to, theirs in self._owed.items() for owed in theirs.values() if owed.due <= now]
+        for _, owed in late:
+            owed.due = now + EVERY
+        self._next = min((owed.due for theirs in self._owed.values() for owed in theirs.values()), default=inf)
+        for to, owed in late:
+            yield to, owed.message
 
     @property
     def wake_at(self) -> float:
-        return min((owed.due for owed in self._owed.values()), default=inf)
+        """When to look next; nothing need be due then."""
+        return self._next if self._owed else inf
 
 
 def number(message: RoundMessage) -> int:

@@ -28,6 +28,7 @@ PIECE = 4 * 1024 * 1024
 """Bytes of a slice in a message."""
 SEALED_BYTES = 2 * SHARE_BYTES + SEAL_BYTES
 LANE_BYTES = 8
+PAIR = b"\x92"
 ADVERTISE, DEAL, TURN, MASKED, CONSENT, UNMASK, FINISH = range(7)
 """Places in a plan's deadlines."""
 STAGES = 7
@@ -98,10 +99,14 @@ class Members:
         return digest("session", context, *self.leaves)
 
 
-def pack_roster(members: Members, adverts: Iterable[Advert]) -> bytes:
-    """All leaves, and some adverts by rank."""
-    leaves = [[name, leaf] for name, leaf in zip(members.names, members.leaves, strict=True)]
-    return pack([leaves, [advert.packed for advert in adverts]])
+def pack_leaves(members: Members) -> bytes:
+    """What is the same in everybody's roster."""
+    return pack([[name, leaf] for name, leaf in zip(members.names, members.leaves, strict=True)])
+
+
+def pack_roster(leaves: bytes, adverts: Iterable[Advert]) -> bytes:
+    """All leaves, as `pack_leaves` made them, and some adverts by rank: `pack` of the pair."""
+    return PAIR + leaves + pack([advert.packed for advert in adverts])
 
 
 def read_roster(data: bytes | bytearray | memoryview, masked: bool) -> tuple[Members, tuple[Advert, ...]]:

@@ -296,7 +296,7 @@ class Accumulator:
             self._over.append(self._sum.session)
         self._sum = self._work = None
         self._free.clear()
-        self._repeats.drop(lambda _, message: not isinstance(message, Recalled))
+        self._repeats.drop(lambda message: not isinstance(message, Recalled))
 
     # --- the sum
 

@@ -61,6 +61,7 @@ from ..protocol.session import (
     Members,
     ascending,
     ends,
+    pack_leaves,
     pack_roster,
     read_advert,
 )
@@ -211,7 +212,7 @@ class Session:
         stage, read = _FROM_WORKERS[type(message)]
         if incarnation in self._done.setdefault(stage, set()):
             return self._say(incarnation, note(message))  # again: the first one counts
-        if Stage.CONSENT <= stage < self.stage and incarnation in self.survivors:
+        if Stage.CONSENT <= stage < self.stage and incarnation in self._summed:
             return self._say(incarnation, note(message))  # enough have said it before
         if stage != self.stage or incarnation in self._gone or incarnation not in self._expected(stage):
             return self._close(incarnation)
@@ -227,7 +228,7 @@ class Session:
     def _expected(self, stage: Stage) -> Any:
         if stage == Stage.ADVERTISE:
             return self._cohort
-        return self._members if stage == Stage.DEAL else self.survivors
+        return self._ranks if stage == Stage.DEAL else self._summed
 
     def _close(self, incarnation: int) -> None:
         self._say(incarnation, Refused(self.number, ROUND_CLOSED, f"the stage is {self.stage.name.lower()}"))
@@ -236,7 +237,7 @@ class Session:
         """A worker has left, died, withdrawn, or broken the rules; or a shard has."""
         if incarnation in self.shards:
             self.abandon("a shard is gone", now)
-        self._repeats.drop(lambda to, _: to == incarnation)
+        self._repeats.forget(incarnation)
         if incarnation in self._cohort and incarnation not in self._gone:
             self._gone.add(incarnation)
             if self._turns is not None and incarnation in self._ranks:
@@ -253,6 +254,8 @@ class Session:
     # --- stage by stage; each returns whether the next one has begun
 
     def _advertising(self, now: float) -> bool:
+        if len(self._adverts) + len(self._gone) < len(self._cohort) and now < self._deadline:
+            return False
         here = self._adverts.keys() - self._gone
         if not self._adverts.keys() | self._gone >= self._cohort.keys() and now < self._deadline:
             return False
@@ -262,7 +265,7 @@ class Session:
             return self._abandon(f"{len(here)} of {self._quorum} clients have advertised", now)
         self._members = tuple(sorted(names, key=names.__getitem__))
         for late in self._cohort.keys() - here - self._gone:
-            self._repeats.drop(lambda to, _, late=late: to == late)  # type: ignore[misc]
+            self._repeats.forget(late)
             self._close(late)
         self._ranks = {incarnation: rank for rank, incarnation in enumerate(self._members)}
         adverts = [self._adverts[incarnation] for incarnation in self._members]
@@ -274,13 +277,16 @@ class Session:
                 return self._abandon(f"{count} clients that are all neighbours, and {MAX_COMPLETE} are the most", now)
             self._near = neighbours(self._sid, count, degree)
         self._enter(Stage.DEAL, DEAL, now)
+        leaves = pack_leaves(members)
         for rank, incarnation in enumerate(self._members):
             near = self._near[rank] if self._near else ()
-            roster = pack_roster(members, [adverts[other] for other in near])
+            roster = pack_roster(leaves, [adverts[other] for other in near])
             self._tell(incarnation, Roster(incarnation, self.number, (roster,)), now)
         return True
 
     def _dealing(self, now: float) -> bool:
+        if len(self._commitments) < min(self._wanted, len(self._members) - len(self._gone)) and now < self._deadline:
+            return False
         dealt = {self._members[rank] for rank in self._commitments}
         waited = set(self._members) - dealt - self._gone
         if waited and len(dealt - self._gone) < self._wanted and now < self._deadline:
@@ -290,7 +296,7 @@ class Session:
             return self._abandon(f"{len(here)} of {self._quorum} clients have dealt", now)
         self._commitments = {rank: self._commitments[rank] for rank in sorted(here)}
         for late in waited:
-            self._repeats.drop(lambda to, _, late=late: to == late)  # type: ignore[misc]
+            self._repeats.forget(late)
             self._close(late)
         self._enter(Stage.MASKED, MASKED, now)
         self._turns = Turns(here, len(self.shards), self._room, self.plan.deadlines[TURN])
@@ -325,7 +331,8 @@ class Session:
         if not turns.over:
             return False
         self._added = tuple(sorted(turns.added))
-        self._repeats.drop(lambda _, message: isinstance(message, Relay))
+        self._summed = frozenset(self.survivors)
+        self._repeats.drop(lambda message: isinstance(message, Relay))
         for rank in turns.dropped:
             if self._members[rank] not in self._gone:
                 self._close(self._members[rank])
@@ -440,6 +447,7 @@ class Session:
     # --- small things
 
     _added: tuple[int, ...] = ()
+    _summed: frozenset[int] = frozenset()
     _ruled = -1
     _closing = False
     _solved = 0

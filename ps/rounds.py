@@ -219,7 +219,7 @@ class Rounds:
         self._stop_recalling()
         for incarnation in before.incarnations if before else ():
             if incarnation not in here:
-                self._repeats.drop(lambda to, _, gone=incarnation: to == gone)  # type: ignore[misc]
+                self._repeats.forget(incarnation)
                 if self.session is not None:
                     self.session.gone(incarnation, self._now)
         if self.session is not None:
@@ -296,7 +296,7 @@ class Rounds:
     def _stop_recalling(self) -> None:
         self._recalling = False
         self._recalled.clear()
-        self._repeats.drop(lambda _, message: isinstance(message, Recall))
+        self._repeats.drop(lambda message: isinstance(message, Recall))
 
     def _take_recalled(self, message: Recalled) -> None:
         self._out.append(Say(message.incarnation, note(message)))

@@ -24,7 +24,7 @@ from shoal.protocol.rounds import (
 )
 from shoal.protocol.secure.keys import Identity
 from shoal.protocol.secure.plan import Plan, Policy
-from shoal.protocol.session import SEALED_BYTES, Advert, Members, pack_roster, read_advert
+from shoal.protocol.session import SEALED_BYTES, Advert, Members, pack_leaves, pack_roster, read_advert
 from shoal.ps.recipe import Recipe
 from shoal.worker.parley import Input, Over, Shards, Trained
 from shoal.worker.round import Phase, RoundClient
@@ -97,7 +97,7 @@ class Table:
 
     def rosters(self) -> list[bytes]:
         members = Members(tuple(self.names), tuple(advert.leaf for advert in self.adverts))
-        return [pack_roster(members, [a for a in self.adverts if a.name != name]) for name in self.names]
+        return [pack_roster(pack_leaves(members), [a for a in self.adverts if a.name != name]) for name in self.names]
 
     def seat(self) -> None:
         self.invite()

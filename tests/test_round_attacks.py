@@ -34,7 +34,7 @@ from shoal.protocol.rounds import (
 from shoal.protocol.secure.keys import Identity, Pair
 from shoal.protocol.secure.plan import Policy
 from shoal.protocol.secure.shares import SHARE_BYTES
-from shoal.protocol.session import Advert, Members, consent, pack_roster
+from shoal.protocol.session import Advert, Members, consent, pack_leaves, pack_roster
 from shoal.ps.recipe import Recipe
 from shoal.worker.parley import Invited, Over
 from shoal.worker.round import Phase, RoundClient
@@ -282,7 +282,7 @@ def forged(table: Table, change: str) -> bytes:
     others = [advert for advert in adverts if advert.name != "c0"]
     if change == "missing":
         others = others[1:]
-    return pack_roster(Members(tuple(names), tuple(leaves)), others)
+    return pack_roster(pack_leaves(Members(tuple(names), tuple(leaves))), others)
 
 
 CHANGES = "forged unsigned swapped reflected twice equal plan unlisted own absent few many order double leaf missing"

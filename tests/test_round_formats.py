@@ -20,6 +20,7 @@ from shoal.protocol.session import (
     blocks_digest,
     by_rank,
     model_digest,
+    pack_leaves,
     pack_roster,
     ranges,
     read_advert,
@@ -42,7 +43,7 @@ def test_what_is_not_noted_is_due() -> None:
     assert inf == repeats.wake_at and not len(repeats)
     repeats.put(1, Recall(1, 5), 0.0)
     repeats.put(2, Abandoned(2, 5, ""), 0.0)
-    repeats.drop(lambda to, message: to == 1)
+    repeats.forget(1)
     assert not repeats.owed(1) and repeats.owed(2)
 
 
@@ -62,7 +63,7 @@ def test_any_bytes_are_an_advert_and_a_roster_or_refused(data: bytes) -> None:
             pass
         try:
             members, adverts = read_roster(data, masked)
-            assert data == pack_roster(members, adverts)
+            assert data == pack_roster(pack_leaves(members), adverts)
         except ProtocolError:
             pass
 
@@ -75,10 +76,10 @@ def test_adverts_and_rosters_are_read_as_they_were_written() -> None:
         with pytest.raises(ProtocolError):
             read_advert(advert.packed, masked)
     members = Members(("a", "b"), (bytes(32), bytes(32)))
-    assert (members, (ADVERT,)) == read_roster(pack_roster(members, [ADVERT]), True)
+    assert (members, (ADVERT,)) == read_roster(pack_roster(pack_leaves(members), [ADVERT]), True)
     for names in (("b", "a"), ("a", "a")):
         with pytest.raises(ProtocolError):
-            read_roster(pack_roster(Members(names, members.leaves), []), True)
+            read_roster(pack_roster(pack_leaves(Members(names, members.leaves)), []), True)
     for wrong in (Advert(bytes(32), "\n", *[bytes(32)] * 2, b""), Advert(bytes(31), "a", *[bytes(32)] * 2, b"")):
         with pytest.raises(ProtocolError):
             read_advert(wrong.packed, True)
