@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check lint types tests pytest soak examples bench bench-peers bench-growth clean data
+.PHONY: help demo test check lint types tests pytest soak examples bench bench-peers bench-federated bench-growth clean data
 
 help:                    ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 24
@@ -48,10 +48,16 @@ examples: data           ## every example, each under a minute
 bench: $(BIN)/shoal      ## push and pull beside the limits of this machine
 	$(BIN)/shoal bench pushpull
 
-bench-peers: $(BIN)/shoal  ## the same beside torch RPC, Ray, gloo and raw ZeroMQ, installed in a place of their own
-	test -x .peers/bin/shoal || { $(PYTHON) -m venv .peers && \
-	.peers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . -r bench/peers.txt; }
+.peers/bin/shoal: bench/peers.txt pyproject.toml
+	$(PYTHON) -m venv .peers
+	.peers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . -r bench/peers.txt
+	@touch $@
+
+bench-peers: .peers/bin/shoal  ## the same beside torch RPC, Ray, gloo and raw ZeroMQ, installed in a place of their own
 	.peers/bin/shoal bench peers --save docs/peers
+
+bench-federated: .peers/bin/shoal  ## masked rounds beside Flower's, and 10,000 clients simulated
+	.peers/bin/shoal bench federated --save docs/federated
 
 bench-growth: $(BIN)/shoal  ## time, memory and idle load as shards, workers, tensors and bytes grow; a thousand workers are simulated
 	$(BIN)/shoal bench growth

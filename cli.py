@@ -368,6 +368,26 @@ def growth(only: str, repeat: int, as_json: bool, plot: str) -> int:
     return measure(only, repeat, as_json, plot)
 
 
+@bench.command()
+@click.option("--only", default="", metavar="PART,…", help="Some of: client,sum,rounds,scale.")
+@click.option(
+    "--repeat", default=9, show_default=True, type=click.IntRange(1), help="Turns of each; medians are printed."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--save", default="", metavar="PATH", help="Write PATH.json, PATH.png and PATH.svg, too.")
+def federated(only: str, repeat: int, as_json: bool, save: str) -> int:
+    """What a masked round costs its clients and servers, beside Flower where it is installed; 10,000 clients are simulated.
+
+    \b
+    Examples:
+    shoal bench federated --only rounds
+    make bench-federated
+    """
+    from .bench.federated import main as measure
+
+    return measure(only, repeat=repeat, as_json=as_json, save=save)
+
+
 def joining(given: str | None, needed: bool = False) -> str:
     """The join string: the flag, $SHOAL_JOIN, shoal.toml; else the server on this machine."""
     found = str(settle([JOIN], {"join": given}, "worker")["join"])

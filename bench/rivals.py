@@ -230,7 +230,7 @@ def _reduce(summed: torch.Tensor, values: torch.Tensor) -> None:
 def _gloo_group(kind: str, nbytes: int) -> Iterator[None]:
     import torch
 
-    port = _free_port()
+    port = free_port()
     with _other_end(kind, nbytes, port):
         _join_gloo(port, 1)
         try:
@@ -297,7 +297,7 @@ def torch_rpc(nbytes: int) -> Iterator[Calls]:
     from torch.distributed import rpc
 
     warnings.filterwarnings("ignore", "You are using a Backend")  # torch RPC's own use of gloo
-    port = _free_port()
+    port = free_port()
     with _other_end("rpc", nbytes, port):
         _join_rpc(port, "worker", 1)
         try:
@@ -418,7 +418,7 @@ def _other_end(kind: str, *numbers: int) -> Iterator[bytes]:
         process.stdout.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """For libraries that cannot say which port they took. Another may take it in between; then they say so."""
     with socket.socket() as probe:
         probe.bind((_HOST, 0))

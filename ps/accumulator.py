@@ -209,7 +209,6 @@ class Accumulator:
         self._repeats.noted(0, message)
 
     def _recall(self, message: Recall) -> None:
-        self._note(message)
         self._say(Recalled(self.incarnation, message.session, *self._last, self.rounds, (self._digest(),)))
 
     def _begin(self, message: Begin) -> None:
@@ -249,6 +248,8 @@ class Accumulator:
             for rank in [rank for rank in held.incoming if rank not in turns]:
                 self._free.append(held.incoming.pop(rank).memory)
             held.turns, held.dropped, held.number = turns, dropped, message.number
+            if held.whole <= added | dropped:
+                self._repeats.answered(0, message)
         self._note(message)
 
     def _misplaced(self) -> None:
@@ -258,7 +259,6 @@ class Accumulator:
         held = self._of(message.session)
         if held is None or held.finish is not None:
             return self._misplaced()
-        self._note(message)
         found = distances([held.rows[rank] for rank in sorted(held.rows)])
         self._say(Measured(self.incarnation, held.session, (found.astype("<f8").tobytes(),)))
 
@@ -272,7 +272,9 @@ class Accumulator:
             held.incoming.clear()
             self._free.clear()
             self._work = self._finishing(held, *keys)
-        self._note(message)
+            self._repeats.owe(0, message, self._now)
+        else:
+            self._note(message)
 
     def _released(self, message: Released) -> None:
         held = self._of(message.session)

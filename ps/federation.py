@@ -49,6 +49,8 @@ class Federation:
         peers: Mapping[str, bytes] | None = None,
     ) -> None:
         self.rounds = Rounds(run, recipe, below, peers)
+        self._told: tuple[RoundsEvent, ...] = ()
+        """What it was last told of the shards and of the mode."""
         self.last: Concluded | None = None
         self.abandoned = 0
         self.said: dict[str, float] = {}
@@ -117,8 +119,11 @@ class Federation:
                 {incarnation: each.metrics for incarnation, each in self._enlisted.items()},
             )
             self._give(self._workers, now)
-        self._give(self._standing(modes, shards), now)
-        self._give(Hold("the mode of the cluster changes") if self._on_hold(modes) else Go(), now)
+        said = self._standing(modes, shards), Hold("the mode of the cluster changes") if self._on_hold(modes) else Go()
+        if said != self._told:
+            self._told = said
+            for each in said:
+                self._give(each, now)
         self._give(Received(0, message) if message is not None else Tick(), now)
         for incarnation, willing in self._asked.items():
             self._tell(incarnation, willing)

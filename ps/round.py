@@ -190,15 +190,16 @@ class Session:
             self._repeats.noted(incarnation, message)
         elif isinstance(message, Withdraw):
             self.gone(incarnation, now)
-        elif type(message) in _FROM_SHARDS:
-            if incarnation in self.shards:
+        else:
+            self._repeats.answered(incarnation, message)  # type: ignore[arg-type]
+            if type(message) in _FROM_WORKERS:
+                self._from_worker(incarnation, message, now)
+            elif type(message) in _FROM_SHARDS and incarnation in self.shards:
                 self._from_shard(message, now)
-        elif type(message) in _FROM_WORKERS:
-            self._from_worker(incarnation, message, now)
         self.tick(now)
 
     def _from_shard(self, message: Any, now: float) -> None:
-        self.out.append(Say(message.incarnation, note(message)))
+        self._repeats.owe(message.incarnation, message, now)
         index = self.shards.index(message.incarnation)
         if isinstance(message, Arrived):
             if self.stage == Stage.MASKED and self._turns:
@@ -223,7 +224,7 @@ class Session:
             self._say(incarnation, Refused(self.number, "malformed", str(error)[:256]))
             return self.gone(incarnation, now)
         self._done[stage].add(incarnation)
-        self._say(incarnation, note(message))
+        self._repeats.owe(incarnation, message, now)
 
     def _expected(self, stage: Stage) -> Any:
         if stage == Stage.ADVERTISE:

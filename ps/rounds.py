@@ -165,7 +165,7 @@ class Rounds:
     @property
     def wake_at(self) -> float:
         """When the next `Tick` is wanted."""
-        idle = self.session is None and not self._recalling and not self.problem
+        idle = self._settled and not self._recalling and not self.problem
         return min(
             self._repeats.wake_at,
             self.session.wake_at if self.session else inf,
@@ -253,10 +253,19 @@ class Rounds:
         """Is nothing under way, and nothing owed to anybody?"""
         return self.session is None and not self._recalling and not len(self._repeats)
 
+    @property
+    def _settled(self) -> bool:
+        """Has the last session ended at all shards? Then they may be asked for the next, while clients still hear of this one."""
+        return self.session is None or self._concluded
+
     def _go_on(self) -> None:
         if self.session is not None:
             self._under_way(self.session)
-        if self.session is not None or self._recalling or len(self._repeats) or self.problem:
+        if self._recalling and self._placed is not None:
+            if self.session is None and len(self._recalled) == len(self._placed.incarnations):
+                self._settle(self._placed)
+            return
+        if not self._settled or len(self._repeats) or self.problem:
             return
         if self._possible and self._now >= self._not_before:
             self._recall()
@@ -299,13 +308,12 @@ class Rounds:
         self._repeats.drop(lambda message: isinstance(message, Recall))
 
     def _take_recalled(self, message: Recalled) -> None:
+        self._repeats.answered(message.incarnation, message)
         self._out.append(Say(message.incarnation, note(message)))
         if not self._recalling or self._placed is None or message.session != self._number:
             return
         if message.incarnation in self._placed.incarnations and len(message.buffers[0]) == 32:
             self._recalled[message.incarnation] = message
-            if len(self._recalled) == len(self._placed.incarnations):
-                self._settle(self._placed)
 
     def _settle(self, placed: Placed) -> None:
         """All shards have answered: end the last session alike everywhere, or begin."""

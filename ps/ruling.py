@@ -28,7 +28,7 @@ class Turns:
         self.added: set[int] = set()
         self.dropped: set[int] = set()
         self.number = 0
-        """Of the ruling; it rises when something has changed."""
+        """Of the ruling; it rises when shards are to hear it. Who is added waits until somebody needs the room, or all are."""
 
     @property
     def turns(self) -> tuple[int, ...]:
@@ -51,7 +51,7 @@ class Turns:
             if len(here) == self._shards and rank in self._ends:
                 del self._ends[rank]
                 self.added.add(rank)
-                self.number += 1
+                self.number += self.over
 
     def drop(self, rank: int) -> None:
         """Somebody is gone; one who has been added stays."""

@@ -460,6 +460,8 @@ class Shard:
 
     def _within(self, incarnation: int, clock: int) -> bool:
         """The staleness rule: a reader who is not counted in waits for averages alone."""
+        if self.held_at is not None and clock > self.held_at:
+            return False  # it has heard of a phase that is not known here
         bound = needed if incarnation in self.clocks or self._sync(clock) else opens
         return self.clocks.min >= bound(self._phases, clock)
 

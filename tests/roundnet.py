@@ -309,10 +309,12 @@ class RoundNet(Sim):
     def go(self, rounds: int = 1, until: float = 400.0) -> bool:
         """Until so many sessions have ended, and everybody knows it."""
 
-        def done() -> bool:
-            return len(self.coordinator.ended) >= rounds and self.coordinator.rounds.session is None
+        return self.run(self.now + until, lambda: self.over(rounds))
 
-        return self.run(self.now + until, done)
+    def over(self, rounds: int = 1) -> bool:
+        """Have so many sessions of this coordinator ended, and is nobody told of them any more? The next may have begun."""
+        ended, session = self.coordinator.ended, self.coordinator.rounds.session
+        return len(ended) >= rounds and (session is None or session.number != ended[-1].session)
 
     # --- what must hold
 

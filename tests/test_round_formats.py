@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from shoal.protocol.errors import ConfigError, ProtocolError
 from shoal.protocol.join import CLEAR
-from shoal.protocol.repeats import Repeats, note
-from shoal.protocol.rounds import Abandoned, Arrived, Noted, Recall
+from shoal.protocol.repeats import WAIT, Repeats, note
+from shoal.protocol.rounds import Abandoned, Advertise, Arrived, Invite, Noted, Recall
 from shoal.protocol.session import (
     ALIGN,
     Advert,
@@ -45,6 +45,29 @@ def test_what_is_not_noted_is_due() -> None:
     repeats.put(2, Abandoned(2, 5, ""), 0.0)
     repeats.forget(1)
     assert not repeats.owed(1) and repeats.owed(2)
+
+
+def test_an_answer_is_a_note() -> None:
+    """It settles what it answers, of its session; and the note that was owed is not sent, unless it has waited."""
+    asks, answers = Repeats(), Repeats()
+    invite, advertise = Invite(7, 5, (b"",)), Advertise(7, 5, (b"",))
+    asks.put(7, invite, 0.0)
+    answers.owe(0, invite, 0.0)
+    assert WAIT == answers.wake_at and [] == list(answers.due(WAIT / 2))
+    assert [(0, note(invite))] == list(answers.due(WAIT)) and [] == list(answers.due(2 * WAIT))
+    assert inf == answers.wake_at
+    answers.owe(0, invite, 1.0)
+    answers.put(0, advertise, 1.0)
+    assert [(0, advertise)] == list(answers.due(9.0))
+    asks.answered(7, Advertise(7, 6, (b"",)))
+    asks.answered(8, advertise)
+    assert asks.owed(7)
+    asks.answered(7, advertise)
+    assert not asks.owed(7) and not len(asks)
+    answers.owe(0, invite, 1.0)
+    answers.owe(3, invite, 1.0)
+    answers.forget(0)
+    assert [3] == [to for to, each in answers.due(20.0) if isinstance(each, Noted)]
 
 
 ADVERT = Advert(bytes(32), "worker", bytes(32), bytes([1]) * 32, bytes(64))

@@ -209,8 +209,9 @@ class RoundClient:
         phase, act = _LEGAL.get(type(message), (self.phase, None))
         if act is not None and phase == self.phase:
             self._give_up_at = self._now + self._patience
+            self._repeats.answered(COORDINATOR, message)  # type: ignore[arg-type]
+            self._repeats.owe(COORDINATOR, message, self._now)  # type: ignore[arg-type]
             act(self, message)
-            self._note(message)  # type: ignore[arg-type]
         elif act is not None and phase < self.phase:  # it was accepted before, whatever it says now
             self._note(message)  # type: ignore[arg-type]
         elif isinstance(message, Released):
@@ -272,7 +273,7 @@ class RoundClient:
         if self.phase:
             error = RoundClosed("a federated round was given up by the coordinator, which has begun another")
             self._end(error, abandoned=True)
-        self._note(message)
+        self._repeats.owe(COORDINATOR, message, self._now)
         self._last = (plan.run, message.session)
         self.session, self.plan, self.phase = message.session, plan, Phase.ADVERTISED
         elements, layout = self._model

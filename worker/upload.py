@@ -78,7 +78,8 @@ class Encoder:
         """Elements of each slice that are in memory."""
         self._clipped = 0
         self._sealed = False
-        self._scratch = np.empty(min(PIECE, max(1, size)) // self.dtype.itemsize + 1, self.dtype)
+        self._scratch = np.empty(min(PIECE, max(1, size)) // self.dtype.itemsize + 1 if self._masked else 0, self.dtype)
+        """What is not masked yet never lies where it could be sent from."""
 
     def __repr__(self) -> str:
         return f"Encoder({len(self.slices)} slices)"
@@ -103,19 +104,30 @@ class Encoder:
 
     def _encode(self, shard: int, start: int, stop: int) -> None:
         first, number = self._firsts[shard], self._plan.shards[shard][0] + start
+        begin, width = self._begins[shard], self.dtype.itemsize
+        out = self.memory[begin + start * width : begin + stop * width].view(self.dtype)
         update, scratch = self._given.update[first + start : first + stop], self._scratch[: stop - start]
         if self._noisy is not None:
             scratch[:] = self._noisy[first + start : first + stop]
             self._masks.apply(scratch, number)
+            out[:] = scratch
         elif self._masked:
             self._clipped += self._masks.encode(update, self._quantiser, scratch, number)
+            out[:] = scratch
         else:
-            np.clip(update, -self._plan.clip, self._plan.clip, out=scratch, casting="same_kind")
-            scratch *= self._factor
-            if self._tells:
-                self._clipped += int(np.count_nonzero(np.abs(update) > self._plan.clip))
-        begin, width = self._begins[shard], self.dtype.itemsize
-        self.memory[begin + start * width : begin + stop * width] = scratch.view(np.uint8)
+            self._clipped += self._clear(update, out)
+
+    def _clear(self, update: Array, out: Array) -> int:
+        """Returns how many were clipped, if that may be known."""
+        clip, clipped = self._plan.clip, 0
+        if max(update.max(), -update.min()) <= clip:
+            np.multiply(update, self._factor, out=out, casting="same_kind")
+            return 0
+        np.clip(update, -clip, clip, out=out, casting="same_kind")
+        if self._tells:
+            clipped = int(np.count_nonzero(update > clip)) + int(np.count_nonzero(update < -clip))
+        out *= self._factor
+        return clipped
 
     def _seal(self) -> None:
         """Everything is made; now the lanes."""
