@@ -89,16 +89,28 @@ class Modes:
             return "busy", "another change is under way"
         if shards.resuming:
             return "early", "the shards hold a model of before the coordinator's start; no worker has described it yet"
-        resting = self.now.mode == "federated" and not shards.counted  # what is done there waits for no clock
-        if self._next is None and shards.fixed and shards.floor < self.now.clock and not resting:
-            return "early", f"the last change is not over: not everybody has reached clock {self.now.clock} yet"
+        if self._next is None and shards.fixed and self._unfinished(shards):
+            return "early", self._not_over
         return "", ""
+
+    def _unfinished(self, shards: Shards) -> bool:
+        """Is somebody still in the phase before the newest? With a third, shards would forget it."""
+        resting = self.now.mode == "federated" and not shards.counted  # what is done there waits for no clock
+        return shards.floor < self.now.clock and not resting
+
+    @property
+    def _not_over(self) -> str:
+        return f"the last change is not over: not everybody has reached clock {self.now.clock} yet"
 
     def agree(self, shards: Shards, idle: bool = True) -> Verdict:
         """The new phase has a clock now, if every shard of the layout has said how far it is and holds, and rounds are `idle`."""
         reached = shards.reached(self._asked_in) if self._next and idle else None
         if self._next is None or reached is None:
             return NOTHING
+        if self._unfinished(
+            shards
+        ):  # when it was asked for, a shard that was started again did not know yet who is counted in
+            return self._refuse("early", self._not_over)
         then = Phase(max(reached, self.now.clock) + 1, self._next.mode, self._next.staleness)
         self.phases, self._next = (self.now, then), None
         told = tuple((peer, _switched(request, then)) for peer, request in self._asking.items())
@@ -112,9 +124,11 @@ class Modes:
             return NOTHING
         late = ", ".join(map(str, shards.unready(self._asked_in)))
         cause = f"shard {late} has not confirmed it in" if late else "a round was not over after"
-        text = f"no change to {self._next.mode}: {cause} {self._patience:g} s"
+        return self._refuse("busy", f"no change to {self._next.mode}: {cause} {self._patience:g} s")
+
+    def _refuse(self, code: str, text: str) -> Verdict:
         self._next = None
-        told = tuple((peer, Refused(request, "busy", text)) for peer, request in self._asking.items())
+        told = tuple((peer, Refused(request, code, text)) for peer, request in self._asking.items())
         self._asking.clear()
         return Verdict(True, told, text)
 

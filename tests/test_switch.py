@@ -126,6 +126,28 @@ def test_one_change_at_a_time() -> None:
     assert (m.Phase(8, "sync", 3.0), m.Phase(10, "async", 1.0)) == bench.core.modes.phases
 
 
+def test_a_shard_that_was_started_again_is_asked_who_is_counted_in() -> None:
+    """It looks as if everybody rested, until its workers are back; a third phase would make it forget the one they are in."""
+    bench = begun()
+    asked(bench, "federated", inf)
+    for number in (0, 1):
+        bench.report(number, held=True, highest=7)
+    for number in (0, 1):
+        bench.report(number, floor=0, opened=False)
+    asked(bench, "async", 1.0, request=2)
+    assert bench.core.modes.changing, "nobody is counted in, so nobody can be left behind"
+
+    (refused,) = [
+        message
+        for number in (0, 1)
+        for message in bench.report(number, held=True, floor=3, clocks=((1, 3),))
+        if isinstance(message, m.Refused)
+    ]
+    assert "early" == refused.code
+    assert (START, m.Phase(8, "federated", inf)) == bench.core.modes.phases
+    assert not bench.core.modes.changing
+
+
 def test_a_silent_shard_stops_a_change_for_a_lease() -> None:
     """Then it is off, with the shard named; the others go on in the mode that they had."""
     bench = begun(lease=15.0)
@@ -189,6 +211,23 @@ def test_a_shard_that_holds_begins_no_step_beyond() -> None:
     assert [2.0, 8.0] == bench.weights, "step 2 is averaged, and not everybody has made it"
     bench.push(2, 2, 0.0, -4.0)
     assert [2.5, 10.0] == bench.weights
+
+
+def test_a_shard_that_holds_answers_nobody_beyond() -> None:
+    """A worker may hear of the new phase, and reach it, before the shard does: its pull waits to be judged by that phase's bound."""
+    bench = ShardBench(staleness=inf)
+    bench.start(1, 2)
+    bench.push(1, 0, -1.0, 0.0)
+    bench.view((1, 2), phases=(m.Phase(0, "async", inf),), held=True)
+    assert [m.Values] == [type(x) for x in bench.pull(2, clock=1, after=1) if isinstance(x, m.Values)]
+    assert [] == [x for x in bench.pull(1, clock=2, after=2) if isinstance(x, m.Values)]
+
+    bench.view((1, 2), phases=(m.Phase(0, "async", inf), m.Phase(2, "async", 0.0)))
+    assert [] == [x for x in bench.after(1.0) if isinstance(x, m.Values)]
+    bench.push(1, 1, -1.0, 0.0)
+    bench.push(2, 0, 0.0, -4.0)
+    said = bench.push(2, 1, 0.0, -4.0)
+    assert [2.0, 8.0] == np.frombuffer(only(m.Values, said).buffers[0], np.float32).tolist()
 
 
 def test_averages_are_closed_before_steps_that_are_not_averaged() -> None:
