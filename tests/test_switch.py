@@ -214,7 +214,7 @@ def test_a_shard_that_holds_begins_no_step_beyond() -> None:
 
 
 def test_a_shard_that_holds_answers_nobody_beyond() -> None:
-    """A worker may hear of the new phase, and reach it, before the shard does: its pull waits to be judged by that phase's bound."""
+    """A worker may hear of the new phase, and reach it, before the shard: its pull waits, to be judged by that phase's bound."""
     bench = ShardBench(staleness=inf)
     bench.start(1, 2)
     bench.push(1, 0, -1.0, 0.0)
