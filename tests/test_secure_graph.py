@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.protocol.secure.graph import neighbours, sides
+from shoal.protocol.secure.graph import neighbours, neighbours_of, sides
 
 VECTOR = (
     (3, 5, 6, 7),
@@ -30,7 +30,7 @@ def test_what_a_graph_is(sid: bytes, count: int, data: st.DataObject) -> None:
     degree = data.draw(st.sampled_from([count - 1, *range(2, count, 2)]))
     graph = neighbours(sid, count, degree)
 
-    assert graph == neighbours(bytes(sid), count, degree)
+    assert graph == tuple(neighbours_of(rank, bytes(sid), count, degree) for rank in range(count))
     assert count == len(graph)
     for rank, others in enumerate(graph):
         assert degree == len(set(others)) == len(others)

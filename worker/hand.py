@@ -15,7 +15,7 @@ from ..protocol.errors import ProtectionError
 from ..protocol.join import SECAGG
 from ..protocol.schema import Buffer
 from ..protocol.secure.checks import Standing, refusal
-from ..protocol.secure.graph import neighbours, sides
+from ..protocol.secure.graph import neighbours_of, sides
 from ..protocol.secure.keys import SIGNATURE_BYTES, Identity, Pair, commitment, pair_key, seal, self_key, unseal, verify
 from ..protocol.secure.plan import Plan, Policy
 from ..protocol.secure.shares import SHARE_BYTES, split
@@ -101,7 +101,7 @@ class Hand:
             if degree == count - 1 and count > MAX_COMPLETE:
                 raise refuse(f"{count} members that are all neighbours, and {MAX_COMPLETE} are the most")
             self._sid = members.sid(plan.context)
-            self._near = neighbours(self._sid, count, degree)[rank]
+            self._near = neighbours_of(rank, self._sid, count, degree)
             self._meet(members, adverts, peers)
         elif adverts:
             raise refuse("adverts in the clear")

@@ -25,16 +25,21 @@ def neighbours(sid: bytes, count: int, degree: int) -> tuple[tuple[int, ...], ..
     Raises:
         ValueError: there is no such graph.
     """
-    if count >= 2 and degree == count - 1:
-        return tuple(tuple(other for other in range(count) if other != rank) for rank in range(count))
-    if not 2 <= degree < count or degree % 2:
-        raise ValueError(f"{count} members with {degree} neighbours each")
-    ring = _ring(sid, count)
+    ring = _ring(sid, count, degree)
     found: list[tuple[int, ...]] = [()] * count
-    reach = [step for step in range(-degree // 2, degree // 2 + 1) if step]
     for place, rank in enumerate(ring):
-        found[rank] = tuple(sorted(ring[(place + step) % count] for step in reach))
+        found[rank] = _beside(ring, place, degree)
     return tuple(found)
+
+
+def neighbours_of(rank: int, sid: bytes, count: int, degree: int) -> tuple[int, ...]:
+    """Those of one rank, ascending: what a member needs, in time that grows with `count` alone.
+
+    Raises:
+        ValueError: there is no such graph.
+    """
+    ring = _ring(sid, count, degree)
+    return _beside(ring, ring.index(rank), degree)
 
 
 def sides(rank: int, others: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -43,8 +48,20 @@ def sides(rank: int, others: Sequence[int]) -> tuple[tuple[int, ...], tuple[int,
     return tuple(other for other in others if other > rank), tuple(other for other in others if other < rank)
 
 
-def _ring(sid: bytes, count: int) -> list[int]:
-    """The ranks in the session's order: Fisher and Yates' shuffle, drawn from SHAKE-256 of `sid`."""
+def _beside(ring: Sequence[int], place: int, degree: int) -> tuple[int, ...]:
+    if degree == len(ring) - 1:
+        return tuple(sorted((*ring[:place], *ring[place + 1 :])))
+    half = degree // 2
+    return tuple(sorted(ring[(place + step) % len(ring)] for step in range(-half, half + 1) if step))
+
+
+def _ring(sid: bytes, count: int, degree: int) -> Sequence[int]:
+    """The ranks in the session's order: Fisher and Yates' shuffle, drawn from SHAKE-256 of `sid`. Any order will do if the graph is
+    complete."""
+    if count >= 2 and degree == count - 1:
+        return range(count)
+    if not 2 <= degree < count or degree % 2:
+        raise ValueError(f"{count} members with {degree} neighbours each")
     words = hashlib.shake_256(sid).digest(_WORD * count)
     ring = list(range(count))
     for last in range(count - 1, 0, -1):
