@@ -24,6 +24,8 @@ DEADLINES = (20.0, 600.0, 60.0, 600.0, 20.0, 60.0, 120.0)
 """Seconds, by stage: advertise, deal, turn, masked, consent, unmask, finish."""
 
 
+ROOM_BYTES = 1 << 27
+"""Of the slices that a shard holds and has not added, beyond which clients send one at a time."""
 MOST_MEASURED = 1024
 """Clients between whom distances are taken: they travel in one buffer."""
 CAP, FIRST = 8.0, 256.0
@@ -114,7 +116,7 @@ class Recipe:
         measured: weights are numbers of examples, and `cap` and `reference` follow from the mean of the last round. Of the first
             nothing is known: it has room for any, and therefore 32 bits.
         privacy: noise for all rounds, and how much may be told; with it weights are uniform and there are no metrics.
-        rounds: after so many there are no more, or None. room: slices that a shard has room for.
+        rounds: after so many there are no more, or None. room: slices that a shard has room for, at most.
     """
 
     protection: str = SECAGG
@@ -155,6 +157,11 @@ class Recipe:
         if here < self.least:
             return 0
         return here if self.clients is None else min(here, round(self.clients * (1 + self.over)))
+
+    def turns(self, plan: Plan) -> int:
+        """How many clients may send at a time: fewer where their slices are large, of which one alone keeps a shard busy."""
+        largest = max(stop - start for start, stop in plan.shards) * plan.bits // 8
+        return max(1, min(self.room, ROOM_BYTES // largest))
 
     def plan(
         self,

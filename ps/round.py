@@ -72,7 +72,7 @@ from .unmasking import Dealt, Unmasking
 LINGER = 3.0
 """Seconds for which clients are told how a round has ended, if they do not note it."""
 TURNS = 4
-"""Slices that a shard has room for, unless the operator says otherwise."""
+"""Slices that a shard has room for, at most."""
 
 
 class Stage(IntEnum):

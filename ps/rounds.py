@@ -347,7 +347,7 @@ class Rounds:
         self._concluded = False
         wanted = len(cohort) if self._groups else self.recipe.clients
         self.session = Session(
-            self._number, plan, cohort, placed.incarnations, self._now, wanted, self.recipe.room, self._peers
+            self._number, plan, cohort, placed.incarnations, self._now, wanted, self.recipe.turns(plan), self._peers
         )
         self._under_way(self.session)
 

@@ -233,3 +233,10 @@ def test_a_round_is_as_its_plan_says_for_all() -> None:
     net = RoundNet(1, 4, (3,), Recipe(rounds=1))
     assert net.go()
     assert 1 == len({frames[1] for _, frames in net.wire if frames[0][2] in (Invite.TYPE, Begin.TYPE)})
+
+
+@pytest.mark.parametrize(("elements", "turns"), [(1000, 4), (10_000_000, 3), (25_000_000, 1), (100_000_000, 1)])
+def test_large_slices_come_one_at_a_time(elements: int, turns: int) -> None:
+    """What a shard holds beside its sum has a limit, but for one slice."""
+    recipe = Recipe()
+    assert turns == recipe.turns(recipe.plan(1, 0, 5, (4, elements), bytes(32), bytes(32)))
