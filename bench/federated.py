@@ -28,7 +28,7 @@ import numpy as np
 from ..launch.settings import BadFlag
 from ..protocol.errors import ConfigError
 from ..protocol.secure.noise import Array
-from ..ps.recipe import Recipe
+from ..ps.recipe import CAP, Recipe
 from . import masks, roundtimes, scale
 from .arena import Arena
 from .fedtable import draw, show
@@ -135,7 +135,9 @@ def secure_sum(clients: int, elements: int, repeat: int) -> Found:
 def _shoal(updates: list[Array], weights: list[int]) -> Callable[[], tuple[Array, Found]]:
     elements = len(updates[0])
     sizes = tuple(len(part) for part in np.array_split(np.empty(elements, np.uint8), SHARDS))
-    recipe = Recipe(clip=CLIP)
+    recipe = Recipe(
+        clip=CLIP, cap=CAP, reference=max(1.0, 2.0 ** round(np.log2(np.mean(weights))))
+    )  # as of a second round
     arena = Arena(len(updates), sizes, recipe, lambda number: updates[number], lambda number: float(weights[number]))
 
     def run() -> tuple[Array, Found]:

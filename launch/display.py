@@ -88,10 +88,13 @@ class Display:
             self.say(self._line(status))
 
     def _line(self, status: dict[str, Any]) -> str:
-        totals = status["totals"]
+        totals, rounds = status["totals"], status["rounds"]
+        far = f"clock {status['min_clock']}-{status['max_clock']}"
+        if status["mode"] == "federated":
+            far = f"rounds {rounds['completed']}" + (f" of {rounds['wanted']}" if rounds["wanted"] else "")
         words = [
             f"{status['seconds']:.0f} s",
-            f"clock {status['min_clock']}-{status['max_clock']}",
+            far,
             f"{totals['steps']} steps ({self._rates.total:.1f}/s)",
             *(f"{name} {number(value)}" for name, value in status["logged"].items()),
         ]

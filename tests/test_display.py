@@ -39,7 +39,7 @@ def worker(name: str, steps: float | None = 0, state: str = "live", **more: Any)
 def status(*workers: dict[str, Any], **changed: Any) -> dict[str, Any]:
     found = {
         "mode": "async", "staleness": 3.0, "seconds": 12.4, "min_clock": 5, "max_clock": 7, "totals": {"steps": 40},
-        "insecure": False, "waiting_for": "", "logged": {"loss": 0.25}, "workers": workers,
+        "insecure": False, "waiting_for": "", "rounds": {}, "logged": {"loss": 0.25}, "workers": workers,
         "shards": [{"index": 0, "state": "live", "counters": {"bytes_in": 2000}}],
     }  # fmt: skip
     return found | changed
@@ -70,6 +70,17 @@ def test_elsewhere_a_line_now_and_then(clock: Time) -> None:
     assert ["shoal: 12 s  clock 5-7  40 steps (0.0/s)  loss 0.25"] == lines[:1]
     assert [3, True] == [len(lines), all("(1.0/s)" in line for line in lines[1:])]
     assert shown.text.getvalue().endswith("INSECURE\n")
+
+
+@pytest.mark.parametrize(("wanted", "told"), [(30, "rounds 12 of 30  40 steps"), (0, "rounds 12  40 steps")])
+def test_in_federated_mode_rounds_count(clock: Time, wanted: int, told: str) -> None:
+    """Nobody makes steps that a clock would count."""
+    with Shown(live=False) as shown:
+        shown.show(status(mode="federated", rounds={"completed": 12, "wanted": wanted}))
+        clock.now += 20
+        shown.show(status(mode="federated", rounds={"completed": 12, "wanted": wanted}))
+    assert told in shown.text.getvalue()
+    assert "clock" not in shown.text.getvalue()
 
 
 def test_on_a_terminal_a_table(clock: Time) -> None:
