@@ -329,5 +329,5 @@ RoundMessage: TypeAlias = (
     | Withdraw
     | Noted
 )
-ONE_BUFFER = (Recalled, Invite, Advertise, Roster, Deal, Begin, Relay, Masked, Consent, Consents, Unmask, Measured)
-TWO_BUFFERS = (Finish,)
+ONE_BUFFER = (Recalled, Invite, Advertise, Deal, Begin, Relay, Masked, Consent, Consents, Unmask, Measured)
+TWO_BUFFERS = (Roster, Finish)

@@ -15,6 +15,7 @@ from itertools import pairwise
 from .errors import ProtocolError
 from .join import is_name
 from .rounds import MAX_MEMBERS
+from .schema import Buffer
 from .secure.hashing import SIZE, digest, pack, unpack
 from .secure.keys import KEY_BYTES, SEAL_BYTES, SIGNATURE_BYTES
 from .secure.shares import SHARE_BYTES
@@ -28,7 +29,6 @@ PIECE = 4 * 1024 * 1024
 """Bytes of a slice in a message."""
 SEALED_BYTES = 2 * SHARE_BYTES + SEAL_BYTES
 LANE_BYTES = 8
-PAIR = b"\x92"
 ADVERTISE, DEAL, TURN, MASKED, CONSENT, UNMASK, FINISH = range(7)
 """Places in a plan's deadlines."""
 STAGES = 7
@@ -100,25 +100,24 @@ class Members:
 
 
 def pack_leaves(members: Members) -> bytes:
-    """What is the same in everybody's roster."""
+    """What is the same in everybody's roster: its first buffer."""
     return pack([[name, leaf] for name, leaf in zip(members.names, members.leaves, strict=True)])
 
 
-def pack_roster(leaves: bytes, adverts: Iterable[Advert]) -> bytes:
-    """All leaves, as `pack_leaves` made them, and some adverts by rank: `pack` of the pair."""
-    return PAIR + leaves + pack([advert.packed for advert in adverts])
+def pack_adverts(adverts: Iterable[Advert]) -> bytes:
+    """Those of a roster's neighbours, by rank: its second buffer."""
+    return pack([advert.packed for advert in adverts])
 
 
-def read_roster(data: bytes | bytearray | memoryview, masked: bool) -> tuple[Members, tuple[Advert, ...]]:
-    """What `pack_roster` packed.
+def read_roster(buffers: Sequence[Buffer], masked: bool) -> tuple[Members, tuple[Advert, ...]]:
+    """What `pack_leaves` and `pack_adverts` packed.
 
     Raises:
         ProtocolError: `malformed`: no such bytes, or names that do not ascend.
     """
-    found = unpack(bytes(data))
-    if type(found) is not tuple or len(found) != 2 or any(type(part) is not tuple for part in found):
+    leaves, adverts = (unpack(bytes(buffer)) for buffer in buffers)
+    if type(leaves) is not tuple or type(adverts) is not tuple:
         raise ProtocolError("malformed", "bytes that are no roster")
-    leaves, adverts = found
     if len(leaves) > MAX_MEMBERS or len(adverts) > len(leaves):
         raise ProtocolError("malformed", f"a roster of {len(leaves)} members with {len(adverts)} adverts")
     for entry in leaves:

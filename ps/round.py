@@ -61,8 +61,8 @@ from ..protocol.session import (
     Members,
     ascending,
     ends,
+    pack_adverts,
     pack_leaves,
-    pack_roster,
     read_advert,
 )
 from .krum import choose, total
@@ -281,8 +281,8 @@ class Session:
         leaves = pack_leaves(members)
         for rank, incarnation in enumerate(self._members):
             near = self._near[rank] if self._near else ()
-            roster = pack_roster(leaves, [adverts[other] for other in near])
-            self._tell(incarnation, Roster(incarnation, self.number, (roster,)), now)
+            roster = Roster(incarnation, self.number, (leaves, pack_adverts(adverts[other] for other in near)))
+            self._tell(incarnation, roster, now)
         return True
 
     def _dealing(self, now: float) -> bool:

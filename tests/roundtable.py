@@ -24,7 +24,7 @@ from shoal.protocol.rounds import (
 )
 from shoal.protocol.secure.keys import Identity
 from shoal.protocol.secure.plan import Plan, Policy
-from shoal.protocol.session import SEALED_BYTES, Advert, Members, pack_leaves, pack_roster, read_advert
+from shoal.protocol.session import SEALED_BYTES, Advert, Members, pack_adverts, pack_leaves, read_advert
 from shoal.ps.recipe import Recipe
 from shoal.worker.parley import Input, Over, Shards, Trained
 from shoal.worker.round import Phase, RoundClient
@@ -95,14 +95,15 @@ class Table:
             self.tell(number, Invite, (self.plan.packed,))
         self.adverts = [read_advert(self.heard(number, Advertise)[-1].buffers[0], True) for number in range(self.count)]
 
-    def rosters(self) -> list[bytes]:
+    def rosters(self) -> list[tuple[bytes, bytes]]:
         members = Members(tuple(self.names), tuple(advert.leaf for advert in self.adverts))
-        return [pack_roster(pack_leaves(members), [a for a in self.adverts if a.name != name]) for name in self.names]
+        leaves = pack_leaves(members)
+        return [(leaves, pack_adverts(a for a in self.adverts if a.name != name)) for name in self.names]
 
     def seat(self) -> None:
         self.invite()
         for number, roster in enumerate(self.rosters()):
-            self.tell(number, Roster, (roster,))
+            self.tell(number, Roster, roster)
 
     def train(self, number: int, **other: Any) -> None:
         given = Input(np.full(ELEMENTS, 0.1 * (number + 1), np.float32), 1.0, {}, MODEL)

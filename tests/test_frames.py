@@ -81,7 +81,7 @@ def instances(draw: Callable[[Any], Any], kind: type[Any]) -> Any:
     elif kind in HAVE_BUFFERS:
         if kind is m.Values and values["region"]:
             values["codec"] = 0
-        fixed = 1 if kind in ONE_BUFFER else 2 if kind is rounds.Finish else 0
+        fixed = 1 if kind in ONE_BUFFER else 2 if kind in rounds.TWO_BUFFERS else 0
         count = fixed or (0 if values.get("region") else len(values["blocks"]))
     if kind in HAVE_BUFFERS:
         values["buffers"] = tuple(draw(payload) for _ in range(count))

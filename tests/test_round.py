@@ -52,7 +52,7 @@ def test_an_honest_server_is_served() -> None:
 # --- the table of legal moves, and what the network does
 
 STAGE_MESSAGES: list[tuple[type[Any], tuple[Any, ...]]] = [
-    (Roster, ((b"\x92\x90\x90",),)),
+    (Roster, ((b"\x90", b"\x90"),)),
     (Relay, ((), (b"",))),
     (Survivors, ((0, 1, 2, 3),)),
     (Consents, ((), (b"",))),
@@ -102,9 +102,9 @@ def test_who_has_left_says_so_again() -> None:
     """The word may have been lost: what the coordinator repeats is not noted, it is answered as before."""
     table = Table()
     table.invite()
-    effects = table.tell(0, Roster, (b"garbage",))
+    effects = table.tell(0, Roster, (b"garbage", b"garbage"))
     assert [Withdraw] == [type(each.message) for each in effects if isinstance(each, Send)]
-    for kind, fields in ((Roster, ((b"garbage",),)), (Invite, ((table.plan.packed,),)), (Abandoned, ("",))):
+    for kind, fields in ((Roster, ((b"garbage", b"garbage"),)), (Invite, ((table.plan.packed,),)), (Abandoned, ("",))):
         effects = table.tell(0, kind, *fields)
         assert [Withdraw(1, SESSION, "ProtectionError")] == [each.message for each in effects]
 
@@ -211,10 +211,10 @@ def test_training_that_ends_early_waits_for_the_roster() -> None:
     table.invite()
     table.train(0)
     assert not table.heard(0, Deal)
-    table.tell(0, Roster, (table.rosters()[0],))
+    table.tell(0, Roster, table.rosters()[0])
     assert 1 == len(table.heard(0, Deal))
     table.session += 1
     table.train(1)
     table.session -= 1
-    table.tell(1, Roster, (table.rosters()[1],))
+    table.tell(1, Roster, table.rosters()[1])
     assert not table.heard(1, Deal)

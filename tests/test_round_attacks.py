@@ -34,7 +34,7 @@ from shoal.protocol.rounds import (
 from shoal.protocol.secure.keys import Identity, Pair
 from shoal.protocol.secure.plan import Policy
 from shoal.protocol.secure.shares import SHARE_BYTES
-from shoal.protocol.session import Advert, Members, consent, pack_leaves, pack_roster
+from shoal.protocol.session import Advert, Members, consent, pack_adverts, pack_leaves
 from shoal.ps.recipe import Recipe
 from shoal.worker.parley import Invited, Over
 from shoal.worker.round import Phase, RoundClient
@@ -235,7 +235,7 @@ def test_shares_that_were_swapped_or_changed_do_not_open() -> None:
 # --- 4, 5: other people's keys
 
 
-def forged(table: Table, change: str) -> bytes:
+def forged(table: Table, change: str) -> tuple[bytes, bytes]:
     """A roster for the first client, with something wrong."""
     adverts, mine = list(table.adverts), table.identities
     names = list(table.names)
@@ -282,7 +282,7 @@ def forged(table: Table, change: str) -> bytes:
     others = [advert for advert in adverts if advert.name != "c0"]
     if change == "missing":
         others = others[1:]
-    return pack_roster(pack_leaves(Members(tuple(names), tuple(leaves))), others)
+    return pack_leaves(Members(tuple(names), tuple(leaves))), pack_adverts(others)
 
 
 CHANGES = "forged unsigned swapped reflected twice equal plan unlisted own absent few many order double leaf missing"
@@ -293,7 +293,7 @@ def test_a_roster_that_is_not_right_is_refused(change: str) -> None:
     """Nothing is dealt to keys that are not those of the clients whom this one knows."""
     table = Table()
     table.invite()
-    table.tell(0, Roster, (forged(table, change),))
+    table.tell(0, Roster, forged(table, change))
     table.train(0)
     assert table.refused(0)
     assert not table.heard(0, Deal)
@@ -311,7 +311,7 @@ def test_keys_with_which_everybody_agrees_are_refused() -> None:
         table.invite()
         one = Advert(table.plan.context, "c1", key, Pair.fresh().public, b"")
         table.adverts[1] = replace(one, signature=table.identities[1].sign(one.signed))
-        table.tell(0, Roster, (table.rosters()[0],))
+        table.tell(0, Roster, table.rosters()[0])
         table.train(0)
         table.refused(0)
         assert not table.heard(0, Deal)

@@ -20,8 +20,8 @@ from shoal.protocol.session import (
     blocks_digest,
     by_rank,
     model_digest,
+    pack_adverts,
     pack_leaves,
-    pack_roster,
     ranges,
     read_advert,
     read_roster,
@@ -84,11 +84,12 @@ def test_any_bytes_are_an_advert_and_a_roster_or_refused(data: bytes) -> None:
             assert data == read_advert(data, masked).packed
         except ProtocolError:
             pass
-        try:
-            members, adverts = read_roster(data, masked)
-            assert data == pack_roster(pack_leaves(members), adverts)
-        except ProtocolError:
-            pass
+        for roster in ((data, pack_adverts([])), (pack_leaves(Members(("a",), (bytes(32),))), data)):
+            try:
+                members, adverts = read_roster(roster, masked)
+                assert roster == (pack_leaves(members), pack_adverts(adverts))
+            except ProtocolError:
+                pass
 
 
 def test_adverts_and_rosters_are_read_as_they_were_written() -> None:
@@ -99,10 +100,10 @@ def test_adverts_and_rosters_are_read_as_they_were_written() -> None:
         with pytest.raises(ProtocolError):
             read_advert(advert.packed, masked)
     members = Members(("a", "b"), (bytes(32), bytes(32)))
-    assert (members, (ADVERT,)) == read_roster(pack_roster(pack_leaves(members), [ADVERT]), True)
+    assert (members, (ADVERT,)) == read_roster((pack_leaves(members), pack_adverts([ADVERT])), True)
     for names in (("b", "a"), ("a", "a")):
         with pytest.raises(ProtocolError):
-            read_roster(pack_roster(pack_leaves(Members(names, members.leaves)), []), True)
+            read_roster((pack_leaves(Members(names, members.leaves)), pack_adverts([])), True)
     for wrong in (Advert(bytes(32), "\n", *[bytes(32)] * 2, b""), Advert(bytes(31), "a", *[bytes(32)] * 2, b"")):
         with pytest.raises(ProtocolError):
             read_advert(wrong.packed, True)

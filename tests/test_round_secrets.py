@@ -152,7 +152,7 @@ def test_a_second_advert_of_a_client_is_not_taken() -> None:
     assert sum(end.released is not None for end in net.coordinator.ended) in (0, 1)
     net.check()
     for frames in (frames for _, frames in net.wire if frames[0][2] == Roster.TYPE):
-        assert len(msgpack.unpackb(msgpack.unpackb(frames[1])[1][0])) == 5
+        assert len(msgpack.unpackb(msgpack.unpackb(frames[2])[0])) == 5
 
 
 def secrets_of(obj: Any, wanted: Callable[[Any], bool]) -> list[Any]:

@@ -91,7 +91,7 @@ def test_the_first_advert_of_a_client_counts() -> None:
     assert [] == kinds(room.say(Advertise, 1, (first.packed,)))  # a roster may note it
     assert [Noted] == kinds(room.say(Advertise, 1, (room.advert(1).packed,)))
     rosters = [each for each in room.advertise(2, 3, 4, 5) if isinstance(each, Roster)]
-    members, _ = read_roster(rosters[1].buffers[0], True)
+    members, _ = read_roster(rosters[1].buffers, True)
     assert first.leaf == members.leaves[0] and ("w1", "w2", "w3", "w4", "w5") == members.names
     assert [Noted] == kinds(room.say(Advertise, 1, (room.advert(1).packed,)))
     assert 1 == members.leaves.count(first.leaf) and Stage.DEAL == room.session.stage

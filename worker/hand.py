@@ -41,7 +41,7 @@ class Hand:
 
     Attributes:
         advert: what it tells the others.
-        rank: its own, once it has a seat.
+        rank, count: its own, and of how many, once it has a seat.
     """
 
     def __init__(self, plan: Plan, name: str, identity: Identity | None) -> None:
@@ -51,7 +51,9 @@ class Hand:
         self._masking = Pair.fresh() if self.masked else None
         self.advert = self._advertise(name)
         self.rank = -1
-        self._members = Members((), ())
+        self.count = 0
+        self._names: dict[int, str] = {}
+        """By rank, of its neighbours and its own: of the others a client keeps nothing."""
         self._sid = b""
         self._near: tuple[int, ...] = ()
         self._adverts: dict[int, Advert] = {}
@@ -69,10 +71,6 @@ class Hand:
         keys = self._sealing.public, self._masking.public
         bare = Advert(self._plan.context, name, *keys, b"")
         return Advert(bare.context, name, *keys, self._identity.sign(bare.signed)) if self._identity else bare
-
-    @property
-    def count(self) -> int:
-        return len(self._members.names)
 
     # --- the roster
 
@@ -105,7 +103,8 @@ class Hand:
             self._meet(members, adverts, peers)
         elif adverts:
             raise refuse("adverts in the clear")
-        self._members, self.rank = members, rank
+        self.count, self.rank = count, rank
+        self._names = {each: members.names[each] for each in (*self._near, rank)}
 
     def _meet(self, members: Members, adverts: Sequence[Advert], peers: Mapping[str, bytes] | None) -> None:
         if len(adverts) != len(self._near):
@@ -138,7 +137,14 @@ class Hand:
         shares = {rank: b + s for rank, b, s in zip(holders, *ours, strict=True)}
         self._shares = {self.rank: shares[self.rank]}
         sealed = [
-            seal(self._sealing, self._adverts[rank].sealing, self._sid, *self._names(self.rank, rank), shares[rank])
+            seal(
+                self._sealing,
+                self._adverts[rank].sealing,
+                self._sid,
+                self._names[self.rank],
+                self._names[rank],
+                shares[rank],
+            )
             for rank in self._near
         ]
         return commitment(self._sid, self._b) + b"".join(sealed)
@@ -159,11 +165,8 @@ class Hand:
         if len(sealed) + 1 < self._plan.threshold:
             raise refuse(f"{len(sealed)} neighbours dealt, and {self._plan.threshold - 1} are the fewest")
         for rank, text in sealed.items():
-            pair = self._names(rank, self.rank)
+            pair = self._names[rank], self._names[self.rank]
             self._shares[rank] = unseal(self._sealing, self._adverts[rank].sealing, self._sid, *pair, text)
-
-    def _names(self, sender: int, receiver: int) -> tuple[str, str]:
-        return self._members.names[sender], self._members.names[receiver]
 
     # --- masks
 
@@ -226,7 +229,7 @@ class Hand:
         signed = consent(self._sid, survivors)
         asked = {*self._near, self.rank} & set(survivors)
         good = sum(
-            rank == self.rank or verify((peers or {}).get(self._members.names[rank], b""), signature, signed)
+            rank == self.rank or verify((peers or {}).get(self._names[rank], b""), signature, signed)
             for rank, signature in by_rank(ranks, buffer, SIGNATURE_BYTES, "signatures").items()
             if rank in asked
         )

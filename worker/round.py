@@ -302,7 +302,7 @@ class RoundClient:
 
     def _roster(self, message: Roster) -> None:
         _, hand = self._held
-        members, adverts = read_roster(message.buffers[0], hand.masked)
+        members, adverts = read_roster(message.buffers, hand.masked)
         hand.seat(members, adverts, self.policy, self._peers)
         self.phase = Phase.SEATED
         if self._given is not None:
