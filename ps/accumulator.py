@@ -56,6 +56,8 @@ REMEMBERED = 64
 """Sessions that are over and not forgotten."""
 STEP = 1 << 28
 """Bytes of masks that are made at a time."""
+WEIGHED = 1 << 16
+"""Elements that are weighed at a time."""
 LEAST = 1 << 17
 """Elements that are looked at at a time, at least: so that masks of either width begin with a chunk."""
 
@@ -79,10 +81,19 @@ RoundEffect: TypeAlias = Send | Apply
 
 @dataclass(slots=True)
 class _Incoming:
-    """A slice that is not added yet. `whole` is set once `kept` is all of it."""
+    """A slice that is not added yet, in the pieces in which it came: nothing is copied. It is whole once `kept` is all of it."""
 
-    memory: Array
+    pieces: list[Array] = field(default_factory=list)
     kept: int = 0
+
+    def parts(self, start: int, stop: int, dtype: np.dtype[Any]) -> Iterator[tuple[int, Array]]:
+        """What lies between these two bytes: the number of the first element, and the elements, piece by piece."""
+        at = 0
+        for piece in self.pieces:
+            low, high = max(start, at), min(stop, at + len(piece))
+            if low < high:
+                yield (low - start) // dtype.itemsize, piece[low - at : high - at].view(dtype)
+            at += len(piece)
 
 
 class _Sum:
@@ -115,19 +126,31 @@ class _Sum:
         self.result: Array | None = None
 
     def add(self, rank: int) -> None:
-        memory = self.incoming.pop(rank).memory
-        main = memory[: self.slice.main].view(self.dtype)
-        lanes = memory[self.slice.auxiliary :].view(np.uint64)
-        if self.masked:
-            np.add(self.main, main, out=self.main)
-        elif self.aggregate.name != "mean":
-            self.rows[rank] = main.copy()
-        else:
-            np.multiply(main, np.float32(int(lanes[WEIGHT]) / UNIT), out=main)
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is noticed in the sum
-                np.add(self.main, main, out=self.main)
+        incoming, slice_ = self.incoming.pop(rank), self.slice
+        lanes = np.empty_like(self.lanes)
+        for at, part in incoming.parts(slice_.auxiliary, slice_.size, lanes.dtype):
+            lanes[at : at + len(part)] = part
+        into, weight = self.main, np.float32(int(lanes[WEIGHT]) / UNIT)
+        if self.aggregate.name != "mean":
+            into = self.rows[rank] = np.empty_like(self.main)
+        for at, part in incoming.parts(0, slice_.main, self.dtype):
+            if self.masked:
+                np.add(into[at : at + len(part)], part, out=into[at : at + len(part)])
+            elif self.aggregate.name != "mean":
+                into[at : at + len(part)] = part
+            else:
+                _add_weighed(into[at : at + len(part)], part, weight)
         np.add(self.lanes, lanes, out=self.lanes)
         self.added.add(rank)
+
+
+def _add_weighed(into: Array, part: Array, weight: np.float32) -> None:
+    scratch = np.empty(min(WEIGHED, len(part)), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is noticed in the sum
+        for start in range(0, len(part), WEIGHED):
+            piece, sum_ = part[start : start + WEIGHED], into[start : start + WEIGHED]
+            np.multiply(piece, weight, out=scratch[: len(piece)])
+            np.add(sum_, scratch[: len(piece)], out=sum_)
 
 
 class Accumulator:
@@ -149,7 +172,6 @@ class Accumulator:
         """How many it has applied."""
         self._over: deque[int] = deque(maxlen=REMEMBERED)
         """Sessions that are over: what comes late does not begin them again."""
-        self._free: list[Array] = []
         self._work: Iterator[None] | None = None
         self._repeats = Repeats()
         self._out: list[RoundEffect] = []
@@ -168,8 +190,7 @@ class Accumulator:
         """Bytes of sums and slices."""
         if self._sum is None:
             return 0
-        held = [self._sum.main, *(each.memory for each in self._sum.incoming.values())]
-        return sum(each.nbytes for each in held)
+        return self._sum.main.nbytes + sum(each.kept for each in self._sum.incoming.values())
 
     def handle(self, event: Received | Tick, now: float) -> list[RoundEffect]:
         self._out, self._now = [], now
@@ -243,10 +264,9 @@ class Accumulator:
             if not apart or not added - held.added <= held.whole or added & held.dropped or not held.added <= added:
                 raise ProtocolError("malformed", "a ruling against an earlier one, or that adds what is not here")
             for rank in added - held.added:
-                self._free.append(held.incoming[rank].memory)
                 held.add(rank)
             for rank in [rank for rank in held.incoming if rank not in turns]:
-                self._free.append(held.incoming.pop(rank).memory)
+                del held.incoming[rank]
             held.turns, held.dropped, held.number = turns, dropped, message.number
             if held.whole <= added | dropped:
                 self._repeats.answered(0, message)
@@ -270,7 +290,6 @@ class Accumulator:
             keys = [ends(buffer, KEY_BYTES, len(buffer) // KEY_BYTES, "keys") for buffer in message.buffers]
             held.finish = message
             held.incoming.clear()
-            self._free.clear()
             self._work = self._finishing(held, *keys)
             self._repeats.owe(0, message, self._now)
         else:
@@ -297,7 +316,6 @@ class Accumulator:
         if self._sum is not None:
             self._over.append(self._sum.session)
         self._sum = self._work = None
-        self._free.clear()
         self._repeats.drop(lambda message: not isinstance(message, Recalled))
 
     # --- the sum
@@ -376,15 +394,12 @@ class Accumulator:
             return self._kept(peer, message, held.slice.size)
         if rank not in held.turns:
             return self._kept(peer, message, 0)  # its turn is over, or not known here yet
-        incoming = held.incoming.get(rank)
-        if incoming is None:
-            memory = self._free.pop() if self._free else np.empty(held.slice.size, np.uint8)
-            incoming = held.incoming[rank] = _Incoming(memory)
+        incoming = held.incoming.setdefault(rank, _Incoming())
         if message.offset == incoming.kept:
             piece = np.frombuffer(message.buffers[0], np.uint8)
             if len(piece) != min(PIECE, held.slice.size - incoming.kept):
                 raise ProtocolError("malformed", f"a piece of {len(piece)} bytes of a slice of {held.slice.size}")
-            incoming.memory[incoming.kept : incoming.kept + len(piece)] = piece
+            incoming.pieces.append(piece)
             incoming.kept += len(piece)
             if incoming.kept == held.slice.size:
                 held.whole.add(rank)

@@ -130,11 +130,12 @@ class Coordinator:
 
     def handle(self, event: Received | Unreadable | Tick | Died, now: float) -> list[Effect]:
         self._out, self.now = [], now
+        heard: Message | None = None
         match event:
             case Received(peer, message):
                 act = _ACTS.get(type(message))
                 if type(message) in KINDS:
-                    self._round(peer, message)
+                    heard = self._of_a_round(peer, message)
                 elif act is None:
                     self.counters["rejected.misplaced"] += 1
                 else:
@@ -154,7 +155,7 @@ class Coordinator:
         if now >= self._retry_at:
             self._retry_at = now + RETRY
             self._repeat()
-        self._federate()
+        self._federate(heard)
         return self._out
 
     # --- shards
@@ -472,20 +473,21 @@ class Coordinator:
         if life is not None:
             self.federation.enlist(message, life.name)
 
-    def _round(self, peer: Peer, message: Any) -> None:
-        """A message of a round, from somebody who is known by its incarnation."""
+    def _of_a_round(self, peer: Peer, message: Any) -> Message | None:
+        """The message, if it is from somebody who is known by its incarnation."""
         held = self.shards.known(message.incarnation)
         if held is not None:
             held.peer = peer
         else:
             life = self._known(peer, message.incarnation)
             if life is None:
-                return
+                return None
             if isinstance(message, Deal):  # it fills a shard that is restarted
                 life.round = self.federation.rounds.round
-        self._federate(message)
+        found: Message = message
+        return found
 
-    def _federate(self, message: Message | None = None) -> None:
+    def _federate(self, message: Message | None) -> None:
         for effect in self.federation.turn(message, self.modes, self.shards, self.now):
             if isinstance(effect, Log):
                 self._out.append(effect)

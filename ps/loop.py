@@ -340,9 +340,12 @@ class Loop:
     def _flush_up(self) -> None:
         assert self._dealer is not None or not self._to_coordinator
         while self._to_coordinator and self._dealer is not None:
+            frames = encode(self._to_coordinator[0])
+            last = len(frames) - 1
             try:
-                self._dealer.send_multipart(encode(self._to_coordinator[0]), zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+                for number, frame in enumerate(frames):
+                    Bare.send(self._dealer, frame, zmq.NOBLOCK | _MORE * (number < last), len(frame) < SMALL)  # type: ignore[call-overload]
+            except zmq.Again:  # of the first frame: the others have room behind it
                 return
             self._to_coordinator.popleft()
 
