@@ -59,7 +59,7 @@ def main(
     Args:
         only: names of `PARTS` between commas; empty for all. clients, elements: of `sum`. simulated: clients of `scale`.
         rounds: of `scale`'s rounds with drop-outs. repeat: turns that count. save: a path without its ending, for the JSON
-            and the plot; empty for none.
+            and the plot; empty for none. Parts that are there from before and are not measured now are kept.
 
     Raises:
         BadFlag: a part that is not there. ConfigError: `save` needs matplotlib, which is not installed.
@@ -82,8 +82,11 @@ def main(
     else:
         show(report)
     if save:
-        Path(save).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-        draw(report, Path(save))
+        path = Path(save).with_suffix(".json")
+        before = json.loads(path.read_text()) if path.exists() else {}
+        report = {part: before[part] for part in PARTS if part in before} | report
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        draw(report, path)
     return 0
 
 

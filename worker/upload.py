@@ -142,7 +142,8 @@ class Encoder:
         for begin, each in zip(self._begins, self.slices, strict=True):
             self.memory[begin + each.main : begin + each.auxiliary] = 0
             self.memory[begin + each.auxiliary : begin + each.size] = lanes.view(np.uint8)
-        self._noisy = None
+        self._noisy, self._scratch = None, self._scratch[:0].copy()
+        del self._masks, self._lane_masks  # their keys: nothing is masked any more
 
 
 @dataclass(slots=True)
