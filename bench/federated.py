@@ -15,7 +15,6 @@ Rules
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,12 +25,12 @@ import click
 import numpy as np
 
 from ..launch.settings import BadFlag
-from ..protocol.errors import ConfigError
 from ..protocol.secure.noise import Array
 from ..ps.recipe import CAP, Recipe
 from . import masks, roundtimes, scale
 from .arena import Arena
 from .fedtable import draw, show
+from .peers import need_matplotlib
 from .pushpull import machine
 
 PARTS = ("client", "sum", "rounds", "scale")
@@ -65,8 +64,8 @@ def main(
         BadFlag: a part that is not there. ConfigError: `save` needs matplotlib, which is not installed.
     """
     wanted = read_parts(only)
-    if save and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--save needs matplotlib, which is not installed", hint="pip install matplotlib")
+    if save:
+        need_matplotlib()
     measures: dict[str, Callable[[], Any]] = {
         "client": lambda: client(repeat),
         "sum": lambda: [secure_sum(n, size, repeat) for size in elements for n in clients],
@@ -97,6 +96,15 @@ def read_parts(typed: str) -> tuple[str, ...]:
         if name not in PARTS:
             raise BadFlag(f"there is no part {name!r}", hint=f"--only takes {', '.join(PARTS)}")
     return names
+
+
+def has_flower() -> bool:
+    """Is it installed here?"""
+    try:
+        import flwr  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def client(repeat: int) -> Found:
@@ -158,7 +166,7 @@ def _shoal(updates: list[Array], weights: list[int]) -> Callable[[], tuple[Array
 
 
 def _flower(updates: list[Array], weights: list[int]) -> dict[str, Callable[[], tuple[Array, Found]]]:
-    if importlib.util.find_spec("flwr") is None:
+    if not has_flower():
         return {}
     from .flower import Sum
 
@@ -183,7 +191,7 @@ def whole_rounds(clients: int, elements: int, count: int, repeat: int) -> Found:
         protection: (lambda name=protection: roundtimes.rounds(name, clients, elements, count))  # type: ignore[misc]
         for protection in ("clear", "secagg")
     }
-    if importlib.util.find_spec("flwr") is not None:
+    if has_flower():
         from .flower import rounds as theirs
 
         contestants["flower"] = lambda: theirs(clients, elements, count)

@@ -63,7 +63,7 @@ def main(sizes: str = "", repeat: int = 9, as_json: bool = False, save: str = ""
     """
     wanted = read_sizes(sizes) if sizes.strip() else SIZES
     if save:
-        _need_matplotlib()
+        need_matplotlib()
     found = []
     for number, nbytes in enumerate(wanted, 1):
         click.echo(f"measuring {size_text(nbytes)} ({number} of {len(wanted)})", err=True)
@@ -241,7 +241,8 @@ def _machine_seconds() -> float:
     return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 
 
-def _need_matplotlib() -> None:
+def need_matplotlib() -> None:
+    """Raises: ConfigError: it is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -484,8 +484,7 @@ class Coordinator:
                 return None
             if isinstance(message, Deal):  # it fills a shard that is restarted
                 life.round = self.federation.rounds.round
-        found: Message = message
-        return found
+        return message  # type: ignore[no-any-return]
 
     def _federate(self, message: Message | None) -> None:
         for effect in self.federation.turn(message, self.modes, self.shards, self.now):

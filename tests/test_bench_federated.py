@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def test_one_run_gives_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_tables_say_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for people: also what was simulated, and that the other library is not here."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "flwr", None)
     main("sum,scale", clients=[3], elements=[100], simulated=[6], rounds=2, repeat=1)
     shown = capsys.readouterr().out
     assert "3 x 100" in shown and "simulated: clients" in shown
@@ -110,7 +110,7 @@ def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert federated.PARTS == read_parts(" ")
     with pytest.raises(BadFlag, match="no part 'speed'"):
         read_parts("sum,speed")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match="matplotlib"):
         main("sum", save="somewhere")
 
