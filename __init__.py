@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .launch.cluster import LocalCluster
     from .launch.connect import connect
+    from .launch.models import registry
     from .protocol.errors import (
         AuthError,
         ConfigError,
@@ -39,6 +40,7 @@ _HOMES = {
     "Worker": "worker.client",
     **dict.fromkeys(("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Delta", "FedBuff"), "protocol.rules"),
     "Compensate": "protocol.stale",
+    "registry": "launch.models",
     "Policy": "protocol.secure.plan",
     "split": "worker.split",
     **dict.fromkeys(
@@ -86,6 +88,7 @@ __all__ = [
     "WorkerEvicted",
     "__version__",
     "connect",
+    "registry",
     "split",
 ]
 
