@@ -125,6 +125,11 @@ class _Sum:
         self.finish: Finish | None = None
         self.result: Array | None = None
 
+    @property
+    def here(self) -> tuple[int, ...]:
+        """Whose slices are whole and not added yet."""
+        return tuple(sorted(rank for rank, each in self.incoming.items() if each.kept == self.slice.size))
+
     def add(self, rank: int) -> None:
         incoming, slice_ = self.incoming.pop(rank), self.slice
         lanes = np.empty_like(self.lanes)
@@ -268,7 +273,7 @@ class Accumulator:
             for rank in [rank for rank in held.incoming if rank not in turns]:
                 del held.incoming[rank]
             held.turns, held.dropped, held.number = turns, dropped, message.number
-            if held.whole <= added | dropped:
+            if not held.here:
                 self._repeats.answered(0, message)
         self._note(message)
 
@@ -403,8 +408,7 @@ class Accumulator:
             incoming.kept += len(piece)
             if incoming.kept == held.slice.size:
                 held.whole.add(rank)
-                ranks = tuple(sorted(held.whole))
-                self._say(Arrived(self.incarnation, held.session, len(ranks), ranks))
+                self._say(Arrived(self.incarnation, held.session, len(held.whole), held.here))
         self._kept(peer, message, incoming.kept)
 
     def _kept(self, peer: Peer, message: Masked, upto: int) -> None:
