@@ -19,6 +19,7 @@ from ..errors import ProtocolError
 PREFIX = b"ps-secagg/1\0"
 SIZE = 32
 """Bytes of a digest, and of a derived key."""
+_PLAIN = frozenset({int, bytes, str, float})
 
 
 def digest(label: str, *parts: bytes) -> bytes:
@@ -67,6 +68,7 @@ def unpack(data: bytes) -> Any:
 def _packable(value: Any) -> None:
     if type(value) in (list, tuple):
         for each in value:
-            _packable(each)
-    elif type(value) not in (int, bytes, str, float):
+            if type(each) not in _PLAIN:
+                _packable(each)
+    elif type(value) not in _PLAIN:
         raise TypeError(f"{type(value).__name__} has no canonical form")

@@ -35,10 +35,11 @@ class Pair:
         public: the public half, 32 bytes.
     """
 
-    __slots__ = ("_private", "public")
+    __slots__ = ("_agreed", "_private", "public")
 
     def __init__(self, private: X25519PrivateKey) -> None:
         self._private = private
+        self._agreed: dict[bytes, bytes] = {}
         self.public = private.public_key().public_bytes_raw()
 
     @classmethod
@@ -64,15 +65,19 @@ class Pair:
         return self._private.private_bytes_raw()
 
     def agree(self, other_public: bytes) -> bytes:
-        """The 32 bytes that both pairs compute and nobody else.
+        """The 32 bytes that both pairs compute and nobody else. Remembered: sealing for somebody and opening his need the same.
 
         Raises:
             ProtocolError: `malformed`: not a public key, or one with which everybody agrees on the same.
         """
-        try:
-            return self._private.exchange(X25519PublicKey.from_public_bytes(other_public))
-        except ValueError:
-            raise ProtocolError("malformed", "a public key that nobody can agree with") from None
+        known = self._agreed.get(other_public)
+        if known is None:
+            try:
+                known = self._private.exchange(X25519PublicKey.from_public_bytes(other_public))
+            except ValueError:
+                raise ProtocolError("malformed", "a public key that nobody can agree with") from None
+            self._agreed[other_public] = known
+        return known
 
     def __repr__(self) -> str:
         return f"Pair(public={self.public.hex()[:8]}…)"
