@@ -145,6 +145,16 @@ def test_as_many_may_drop_out_as_the_threshold_says(
             assert all(isinstance(error, RoundClosed) for error in errors)
 
 
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != Stage.CONSENT])
+def test_a_third_of_fifty_may_drop_out(stage: Stage) -> None:
+    """16 of 50 are gone, at any stage, and the sum is exact; with 17 nothing is applied."""
+    for count in (16, 17):
+        net = cluster(50, 34, 1, False, seed=count)
+        kill_at(net, stage, [f"w{number}" for number in range(1, count + 1)])
+        assert net.go(), (count, net.stage)
+        assert net.check() == (count == 16), (count, net.coordinator.ended)
+
+
 @pytest.mark.parametrize("stages", list(combinations_with_replacement(STAGES, 2)), ids=str)
 def test_two_drop_out_at_different_stages(stages: tuple[Stage, Stage]) -> None:
     """Of six, with a threshold of four, whatever the stages: what is released is the average of those who are in."""
