@@ -61,8 +61,11 @@ def test_a_buffer_is_a_number_of_updates(buffer: Any) -> None:
         shoal.FedBuff(buffer=buffer)
 
 
-def test_clients_that_never_wait_for_each_other() -> None:
-    """Three owners with different data and paces; the server ends near where FedAvg's average of them is."""
+def test_clients_that_seldom_wait_for_each_other() -> None:
+    """Three owners with different data and paces; the server ends near where FedAvg's average of them is.
+
+    Bounded, so that on a busy machine the last of them does not end alone, at its own minimum.
+    """
 
     def script(number: int, name: str) -> float:
         with shoal.connect(cluster.join, name=name) as worker:
@@ -75,6 +78,6 @@ def test_clients_that_never_wait_for_each_other() -> None:
                 worker.clock()
             return float(worker.pull()["w"][0])
 
-    with shoal.LocalCluster(staleness="inf", min_workers=3) as cluster:
+    with shoal.LocalCluster(staleness=6, min_workers=3) as cluster:
         found = each(3, script)
     assert all(0.0 < w < 0.8 for w in found)
