@@ -61,7 +61,7 @@ TORCH = {
         "ps/store.py",
         "ps/stale.py",
     ),
-    *("worker/optimizer.py", "worker/views.py"),
+    *("worker/optimizer.py", "worker/views.py", "worker/devices.py"),
 }
 """Who imports torch when it is imported itself; others do it when they are given a tensor, or not at all."""
 

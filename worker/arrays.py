@@ -147,6 +147,11 @@ class Cache:
         for block in layout.blocks:
             self._blocks_of_flat[block.flat].append(block)
 
+    @property
+    def memory(self) -> Sequence[Bits]:
+        """The vectors that hold it."""
+        return self._flats
+
     def move(self, region: Region | None) -> Region | None:
         """Go on in another region, or without one: a shard may yet write to the old one. Returns that."""
         before, self.region = self.region, region
@@ -253,6 +258,11 @@ class Gather:
     @property
     def nbytes(self) -> int:
         return sum(flat.nbytes for flat in self._flats)
+
+    @property
+    def memory(self) -> Sequence[Bits]:
+        """The vectors themselves."""
+        return self._flats
 
     def values(self, index: int) -> Bits:
         """A block's values, where they lie."""

@@ -4,16 +4,19 @@ Rules
 - A parameter stays the user's: whoever replaces its data, moves it or changes it in place gets the servers' weights with the next
   pull as before; from then on they are copied there.
 - A gradient is moved to where it is pushed from while it is warm: when backward has made it.
+- What lies on an accelerator stays there. Its gradients are copied while backward goes on, and count if nobody has changed them
+  since; its weights are copied while the loop goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .arrays import Array
+from .devices import Lanes, lanes_for
 from .early import Early
 
 if TYPE_CHECKING:
@@ -36,12 +39,19 @@ class Views:
         assert exchange.cache is not None
         self._early = Early(exchange.cache.layout, exchange.remote) if overlap and viewed and exchange.remote else None
         self._targets = [*viewed.items(), *copied.items()]
-        self._viewed = {name: t for name, t in viewed.items() if t.device.type == "cpu" and t.is_contiguous()}
+        self._devices = {device: lanes_for(device) for device in {target.device for _, target in self._targets}}
+        afar = {name: t for name, t in viewed.items() if self._devices[t.device] is not None}
+        self._taken: dict[str, tuple[torch.Tensor, int]] = {}
+        """By name, which gradient of an accelerator was copied, and its version then."""
+        self._viewed = {
+            name: t for name, t in viewed.items() if name not in afar and t.device.type == "cpu" and t.is_contiguous()
+        }
         self._at: dict[str, int] = {}
         """Where each viewed parameter's data were when it was last seen, and are unless somebody has replaced them."""
         self._versions: dict[str, int] = {}
         self._lent: Mapping[str, Array] = {}
         self._hooks = [_when_made(t, self._hook(name)) for name, t in self._viewed.items()]
+        self._hooks += [_when_made(t, self._hook_afar(name)) for name, t in afar.items()]
         weights = worker.buffers.weights
         for name, target in self._viewed.items():
             self._view(name, target, weights[name])
@@ -51,11 +61,13 @@ class Views:
     def pull(self) -> None:
         """Take the newest weights that the staleness rule allows. Raises as `Worker.pull`."""
         self._look_for_changes()
+        self._settle()
         with torch.no_grad(), self._worker._exchange.fetched(None, None):
             self._show()
 
     def ask(self) -> None:
         """Ask for them, and go on."""
+        self._settle()
         self._worker._exchange.prefetch()
 
     def arrive(self, timeout: float | None) -> None:
@@ -71,11 +83,25 @@ class Views:
             assert cache is not None
             cache.held.clear()  # changed in place by somebody: also what has not changed on the servers is wanted
 
+    def _lanes(self) -> Iterator[Lanes]:
+        return (lanes for lanes in self._devices.values() if lanes is not None)
+
+    def _settle(self) -> None:
+        """What was brought to an accelerator has been read: the cache may be written."""
+        for lanes in self._lanes():
+            lanes.settle()
+
     def _show(self) -> None:
         """Let the parameters be what the cache holds."""
-        weights = self._worker.buffers.weights
+        weights, cache = self._worker.buffers.weights, self._worker._exchange.cache
+        assert cache is not None
+        for lanes in self._lanes():
+            lanes.lock(cache.memory)
         for name, target in self._targets:
-            view = weights[name]
+            view, afar = weights[name], self._devices.get(target.device)
+            if afar is not None:
+                afar.bring(view, target)
+                continue
             here = target.data_ptr()
             if here == view.data_ptr():
                 continue
@@ -92,6 +118,9 @@ class Views:
 
     def part(self) -> None:
         """The worker is closed: the model's memory is its own again."""
+        self._settle()
+        for lanes in self._lanes():
+            lanes.arrive()
         for hook in self._hooks:
             hook.remove()
         for name, target in self._viewed.items():
@@ -114,6 +143,21 @@ class Views:
                 view.copy_(gradient)
                 parameter.grad = view
             self._leave(name)
+
+        return accumulated
+
+    def _hook_afar(self, name: str) -> Callable[[torch.Tensor], None]:
+        def accumulated(parameter: torch.Tensor) -> None:
+            gradient, lanes = parameter.grad, self._devices.get(parameter.device)
+            if gradient is None or gradient.layout is not torch.strided or lanes is None:
+                return
+            view, lent = self._where(name), self._worker._exchange.lent
+            if lent is not None:
+                lanes.lock(lent.memory)
+            lanes.take(name, gradient, view)
+            self._taken[name] = gradient, gradient._version
+            for arrived in lanes.taken():
+                self._leave(arrived)
 
         return accumulated
 
@@ -143,7 +187,13 @@ class Views:
     def gradients(self) -> Mapping[str, Array]:
         """What is to be pushed: the lent arrays themselves if every gradient lies there. They are the push's now."""
         lent, self._lent = self._lent, {}
+        for lanes in self._lanes():
+            lanes.arrive()
         found = {name: target.grad for name, target in self._targets if target.grad is not None}
+        for name, (gradient, version) in self._taken.items():
+            if found.get(name) is gradient and gradient._version == version:
+                found[name] = lent[name]
+        self._taken.clear()
         if len(found) == len(lent) and all(found[name] is view for name, view in lent.items()):
             return lent
         return found
