@@ -81,6 +81,22 @@ class WaitTimeout(ShoalError, TimeoutError):
     """A wait ended at its time-out; the servers were alive."""
 
 
+class TaskFailed(ShoalError):
+    """A task has no answer: no model qualifies, its model failed on it, or its deadline has passed."""
+
+
+class QueueFull(ShoalError):
+    """No more tasks are taken for now.
+
+    Attributes:
+        retry_after: seconds in which there may be room.
+    """
+
+    def __init__(self, what: str, *, retry_after: float = 0.0, cause: str = "", hint: str = "") -> None:
+        super().__init__(what, cause=cause, hint=hint)
+        self.retry_after = retry_after
+
+
 class ProtocolError(ShoalError):
     """A peer sent what no encoder of ours would write.
 

@@ -21,13 +21,15 @@ from .messages import Fill, Message, Model, Push, Refused, Register, Share, Valu
 from .records import Member, Phase, Place
 from .rounds import ONE_BUFFER, TWO_BUFFERS
 from .schema import Buffer, Check, Malformed, checks_of
+from .tasking import COUNTED, Asked, Told, Valued
+from .tasking import ONE_BUFFER as OF_TASKS
 
 VERSION = 1
 MAX_HEADER = 3 * 1024 * 1024
 MAX_BUFFER = 16 * 1024 * 1024 + 64 * 1024
 MAX_BUFFERS = 1026
 
-_ONE_BUFFER = (Register, Model, Share, Answer, Echo, Echoed, *ONE_BUFFER)
+_ONE_BUFFER = (Register, Model, Share, Answer, Echo, Echoed, *ONE_BUFFER, *OF_TASKS)
 _A_BUFFER_A_BLOCK = (Fill, Values, Push)
 
 
@@ -43,8 +45,8 @@ _KINDS: dict[int, tuple[type[Any], tuple[Check, ...]]] = {
     kind.TYPE: (kind, checks_of(kind)) for kind in get_args(Message)
 }
 _FIELDS = {kind: _getter(kind) for kind in get_args(Message)}
-_RECORDS = {kind: _getter(kind) for kind in (Place, Member, Phase)}
-_HAS_BUFFERS = frozenset(_ONE_BUFFER + TWO_BUFFERS + _A_BUFFER_A_BLOCK)
+_RECORDS = {kind: _getter(kind) for kind in (Place, Member, Phase, Asked, Told, Valued)}
+_HAS_BUFFERS = frozenset((*_ONE_BUFFER, *TWO_BUFFERS, *_A_BUFFER_A_BLOCK, *COUNTED))
 
 
 def _plain(value: Any) -> Any:
@@ -120,6 +122,9 @@ def buffer_count(message: Any) -> int:
         return 1
     if isinstance(message, TWO_BUFFERS):
         return 2
+    counted = COUNTED.get(type(message))
+    if counted:
+        return len(getattr(message, counted))
     if isinstance(message, Push | Values) and message.region and message.codec:
         raise ProtocolError("malformed", f"{type(message).__name__}: a codec in a region")
     if isinstance(message, Push):

@@ -35,6 +35,7 @@ from .schema import (
     Requests,
     Text,
 )
+from .tasking import TaskMessage
 
 # --- answers that any request may get
 
@@ -535,4 +536,5 @@ Message: TypeAlias = (
     | RoundMessage
     | Enlist
     | Progress
+    | TaskMessage
 )
