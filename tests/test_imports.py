@@ -23,8 +23,8 @@ MOST_LINES = 565
 MAY_KNOW = {
     "protocol": {"protocol"},
     "protocol/secure": {"protocol"},
-    "ps": {"protocol", "ps"},
-    "worker": {"protocol", "worker"},
+    "ps": {"protocol", "tasks", "ps"},
+    "worker": {"protocol", "tasks", "worker"},
     "tasks": {"protocol", "tasks"},
     "launch": {"protocol", "ps", "worker", "tasks", "launch"},
 }

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from shoal.protocol.errors import ProtocolError, ShapeError
-from shoal.protocol.values import DTYPES, alike, cut, join, pack, rows, unpack
+from shoal.tasks.values import DTYPES, alike, cut, join, pack, rows, unpack
 
 
 def same(one: Any, other: Any) -> bool:

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import msgpack
 import numpy as np
 
-from .errors import ProtocolError, ShapeError
-from .schema import Buffer
+from ..protocol.errors import ProtocolError, ShapeError
+from ..protocol.schema import Buffer
 
 Value: TypeAlias = Any
 Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
