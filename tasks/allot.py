@@ -68,18 +68,20 @@ class Executor:
     """A worker that serves.
 
     Attributes:
-        name: the worker's. data: labels of the data that it may see.
+        name: the worker's. data: labels of the data that it may see; None: of all that its versions may see.
         loaded: identities of the versions in its memory. free: bytes for more. queue: seconds of work that wait there.
+        answers: identities of the versions that it answers with now; None: of all that are given.
         price: what a second of it costs, in any unit. seconds: by identity, what an input has taken there.
     """
 
     name: str
-    data: frozenset[str] = frozenset()
+    data: frozenset[str] | None = frozenset()
     loaded: frozenset[str] = frozenset()
     free: float = inf
     queue: float = 0.0
     price: float = 1.0
     seconds: Mapping[str, Latencies] = field(default_factory=dict)
+    answers: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,14 @@ def allot(
     """
     if policy not in _POLICIES:
         raise ConfigError(f"there is no policy {policy!r}", hint=f"one of {', '.join(_POLICIES)}")
-    able, why = _able(task, cards, executors, beliefs)
+    able, why = qualify(task, cards, executors, beliefs)
     if not able:
         return Unmet(why)
+    return _POLICIES[policy](task, able, beliefs, beta)
+
+
+def choose(task: Task, able: list[Candidate], beliefs: Beliefs, policy: str, beta: Beta | None = None) -> Plan:
+    """One of those that qualify, of which there are some; as `allot`."""
     return _POLICIES[policy](task, able, beliefs, beta)
 
 
@@ -177,7 +184,7 @@ def assign(
     best: dict[tuple[int, int], Candidate] = {}
     places = {id(executor): place for place, executor in enumerate(executors)}
     for number, task in enumerate(tasks):
-        able, why = _able(task, cards, executors, beliefs)
+        able, why = qualify(task, cards, executors, beliefs)
         if not able:
             found[number] = Unmet(why)
         for candidate in able:
@@ -203,11 +210,14 @@ def assign(
 # --- what qualifies
 
 
-def _able(
+def qualify(
     task: Task, cards: Sequence[Card], executors: Sequence[Executor], beliefs: Beliefs
 ) -> tuple[list[Candidate], dict[str, str]]:
+    """Who could do the task; and of the others, as `version on executor`, the constraint that failed."""
     able, why = [], {}
     for card, executor in product(cards, executors):
+        if executor.answers is not None and card.identity not in executor.answers:
+            continue
         candidate = _candidate(task, card, executor, beliefs)
         failed = next((text for holds, text in _CONSTRAINTS if not holds(task, candidate)), "")
         if failed:
@@ -231,7 +241,10 @@ def _candidate(task: Task, card: Card, executor: Executor, beliefs: Beliefs) -> 
 
 def _cleared(task: Task, candidate: Candidate) -> bool:
     label = task.needs.privacy
-    return not label or (label in candidate.card.data and label in candidate.executor.data)
+    if not label:
+        return True
+    seen = candidate.executor.data
+    return label in candidate.card.data and (seen is None or label in seen)
 
 
 def _fits(_: Task, candidate: Candidate) -> bool:
