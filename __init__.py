@@ -20,10 +20,12 @@ if TYPE_CHECKING:
         NonFiniteError,
         NoServerError,
         ProtectionError,
+        QueueFull,
         RoundClosed,
         ServerLost,
         ShapeError,
         ShoalError,
+        TaskFailed,
         VersionError,
         WaitTimeout,
         WorkerEvicted,
@@ -31,8 +33,10 @@ if TYPE_CHECKING:
     from .protocol.rules import SGD, Adagrad, Adam, AdamW, Delta, FedBuff, RMSprop
     from .protocol.secure.plan import Policy
     from .protocol.stale import Compensate
+    from .tasks.allot import Needs
     from .worker.client import Worker
     from .worker.split import split
+    from .worker.taskclient import Answer, Client
 
 _HOMES = {
     "connect": "launch.connect",
@@ -43,6 +47,8 @@ _HOMES = {
     "registry": "launch.models",
     "Policy": "protocol.secure.plan",
     "split": "worker.split",
+    **dict.fromkeys(("Client", "Answer"), "worker.taskclient"),
+    "Needs": "tasks.allot",
     **dict.fromkeys(
         (
             "AuthError",
@@ -50,10 +56,12 @@ _HOMES = {
             "NoServerError",
             "NonFiniteError",
             "ProtectionError",
+            "QueueFull",
             "RoundClosed",
             "ServerLost",
             "ShapeError",
             "ShoalError",
+            "TaskFailed",
             "VersionError",
             "WaitTimeout",
             "WorkerEvicted",
@@ -67,21 +75,26 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Answer",
     "AuthError",
+    "Client",
     "Compensate",
     "ConfigError",
     "Delta",
     "FedBuff",
     "LocalCluster",
+    "Needs",
     "NoServerError",
     "NonFiniteError",
     "Policy",
     "ProtectionError",
+    "QueueFull",
     "RMSprop",
     "RoundClosed",
     "ServerLost",
     "ShapeError",
     "ShoalError",
+    "TaskFailed",
     "VersionError",
     "WaitTimeout",
     "Worker",

@@ -46,7 +46,7 @@ def lines_of(stream: IO[bytes], take: Callable[[str], None]) -> threading.Thread
 
 
 class ServerProcess:
-    """One coordinator or shard.
+    """One coordinator, shard or dispatcher.
 
     Args:
         config: as `shoal.ps.__main__` reads it.
@@ -104,6 +104,10 @@ class ServerProcess:
             raise ConfigError(words["error"], hint=words.get("hint", ""))
         self.port = int(words["port"])
         return self.port
+
+    def wait(self) -> str:
+        """Until it has ended; how, for people."""
+        return describe_exit(self._process.wait())
 
     def ended(self) -> str:
         """How it ended, for people; "" while it runs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from typing import Any
 
 from .inquiry import inquire
@@ -18,14 +19,22 @@ class LocalCluster:
 
     Args:
         settings: what `shoal server` takes, by the same words: shards, mode, staleness, lease, min_workers, state_dir, …
+            Without `state_dir` models and tasks are kept in a temporary folder, and end with the cluster.
 
     Raises:
         ConfigError: a setting that is wrong. NoServerError: a process did not start.
     """
 
     def __init__(self, **settings: Any) -> None:
-        given = {"port": 0} | settings
-        self._servers = Servers(settle(SERVER, given, "server"), log=relay)
+        settled = settle(SERVER, {"port": 0} | settings, "server")
+        self._folder = None if settled["state_dir"] else tempfile.TemporaryDirectory(prefix="shoal-")
+        if self._folder is not None:
+            settled["state_dir"] = self._folder.name
+        try:
+            self._servers = Servers(settled, log=relay)
+        except BaseException:
+            self._forget()
+            raise
 
     @property
     def join(self) -> str:
@@ -34,7 +43,7 @@ class LocalCluster:
 
     @property
     def pids(self) -> dict[str, Any]:
-        """Process ids by role: `{"coordinator": …, "shards": […]}`."""
+        """Process ids by role: `{"coordinator": …, "shards": […], "dispatcher": …}`."""
         return self._servers.pids
 
     def status(self) -> dict[str, Any]:
@@ -50,8 +59,13 @@ class LocalCluster:
         return change(self._servers.address, mode, None if staleness is None else str(staleness))
 
     def close(self) -> None:
-        """End the processes. Again changes nothing."""
+        """End the processes, and forget what they kept if no `state_dir` was given. Again changes nothing."""
         self._servers.close()
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def __enter__(self) -> LocalCluster:
         return self

@@ -10,17 +10,46 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Any
+from typing import Any, Literal, overload
 
 from ..protocol.errors import ConfigError, NoServerError
 from ..protocol.join import read_join
 from ..protocol.secure.plan import Policy
-from ..worker.client import CONNECT_TIMEOUT, WAIT_TIMEOUT, Worker
+from ..worker.client import WAIT_TIMEOUT, Worker
+from ..worker.taskclient import Client
+from ..worker.versions import CONNECT_TIMEOUT
 from .settings import ATTEMPT, CODECS, JOIN, settle
 
 logger = logging.getLogger("shoal")
 
+ROLES = ("worker", "client")
 _WORLDS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+@overload
+def connect(
+    join: str | None = None,
+    *,
+    name: str = "",
+    timeout: float = CONNECT_TIMEOUT,
+    wait_timeout: float = WAIT_TIMEOUT,
+    push_codec: str | None = None,
+    pull_codec: str | None = None,
+    require: str | Policy | None = None,
+    identity: str | None = None,
+    identities: str | None = None,
+    role: Literal["worker"] = "worker",
+) -> Worker: ...
+
+
+@overload
+def connect(
+    join: str | None = None,
+    *,
+    timeout: float = CONNECT_TIMEOUT,
+    wait_timeout: float = WAIT_TIMEOUT,
+    role: Literal["client"],
+) -> Client: ...
 
 
 def connect(
@@ -34,8 +63,9 @@ def connect(
     require: str | Policy | None = None,
     identity: str | None = None,
     identities: str | None = None,
-) -> Worker:
-    """Join a cluster as a worker.
+    role: str = "worker",
+) -> Worker | Client:
+    """Join a cluster as a worker, or as a client of its models.
 
     Args:
         join: the join string that `shoal server` printed, or HOST:PORT of a server without keys; by default `$SHOAL_JOIN`; without
@@ -54,12 +84,23 @@ def connect(
             (`shoal keys identity`); by default `$SHOAL_IDENTITY` and `$SHOAL_IDENTITIES`, else none. With them, servers that lie
             learn no more than servers that do not.
 
+        role: `worker`, or `client` for a `shoal.Client`, which has tasks done; of the others it takes `join` and the times.
+
     Raises:
         NoServerError: no server answers in time. AuthError: the keys do not fit. VersionError: the server is another shoal.
         ConfigError: the join string is wrong, there is no such codec, or another live worker has this name.
     """
     check_platform()
+    if role not in ROLES:
+        raise ConfigError(f"role is {role!r}", hint=f"one of {', '.join(ROLES)}")
     found = join or settle([JOIN], {}, "worker")["join"]
+    if role == "client":
+        if not found:
+            raise NoServerError(
+                "no server is named; looked at the argument of connect, $SHOAL_JOIN and shoal.toml",
+                hint="start `shoal server`, and set SHOAL_JOIN to what it prints",
+            )
+        return Client(read_join(found), timeout=timeout, wait_timeout=wait_timeout)
     name = name or os.environ.get("SHOAL_WORKER_NAME", "")
     attempt = settle([ATTEMPT], {})["worker_attempt"]
     options: dict[str, Any] = {

@@ -18,7 +18,9 @@ from ..protocol.federated import Aggregate
 from ..protocol.join import CLEAR, DEFAULT_PORT, JoinAddress, is_name, key_text, read_join
 from . import keys
 from .children import ServerProcess
+from .dispatching import Dispatching
 from .identities import load_list
+from .models import FOLDER
 from .settings import ROUNDS
 
 
@@ -40,6 +42,7 @@ class Servers:
         self._settings, self._log = settings, log
         self.coordinator: ServerProcess | None = None
         self.shards: list[ServerProcess] = []
+        self.dispatcher: Dispatching | None = None
         bind = settings["bind"]
         self._check_bind(bind)
         self._check_rounds()
@@ -71,6 +74,7 @@ class Servers:
         return {
             "coordinator": self.coordinator.pid if self.coordinator else None,
             "shards": [shard.pid for shard in self.shards],
+            "dispatcher": self.dispatcher.pid if self.dispatcher else None,
         }
 
     def died(self, name: str) -> None:
@@ -84,6 +88,9 @@ class Servers:
         return [f"{name}: {process.ended()}" for name, process in named if process and process.ended()]
 
     def close(self) -> None:
+        if self.dispatcher is not None:
+            self.dispatcher.close()
+            self.dispatcher = None
         for process in [*self.shards, *([self.coordinator] if self.coordinator else [])]:
             process.close()
         self.shards, self.coordinator = [], None
@@ -145,7 +152,7 @@ class Servers:
             "advertise": self._advertise,
         }
         if self._keys:
-            secret = self.address.secret if role == "shard" else self._keys.enrol_secret
+            secret = self._keys.enrol_secret if role == "coordinator" else self.address.secret
             enrol = keys.public_of(secret)
             config |= {
                 "public": key_text(self._keys.server_public),
@@ -191,6 +198,8 @@ class Servers:
         def start(port: int) -> ServerProcess:
             return ServerProcess(self._config("shard", port, coordinator=up, threads=1), self._log)
 
+        if self.coordinator is not None:
+            self.dispatcher = Dispatching(self._dispatcher_config(up), self._log)
         for index in range(self._settings["shards"]):
             self.shards.append(start(first + 1 + index if first else 0))
         for index, shard in enumerate(self.shards):
@@ -202,6 +211,15 @@ class Servers:
                 shard.close()  # nobody asked for this very port
                 self.shards[index] = start(0)
                 self.shards[index].ready()
+        if self.dispatcher is not None:
+            self.dispatcher.ready()
+
+    def _dispatcher_config(self, up: dict[str, Any]) -> dict[str, Any]:
+        s = self._settings
+        base = keys.state_dir(s["state_dir"])
+        settings = {"policy": s["task_policy"], "most_tasks": s["task_queue"]}
+        files = {"models": str(base / FOLDER), "book": str(base / "tasks.sqlite")}
+        return self._config("dispatcher", 0, coordinator=up, settings=settings, **files)
 
 
 def is_loopback(host: str) -> bool:

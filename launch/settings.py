@@ -228,6 +228,18 @@ ROUNDS = (
 )
 """Of federated rounds."""
 
+TASKS = (
+    Setting(
+        "task_policy",
+        one_of("best", "cheapest", "thompson", "assign"),
+        "best",
+        "Which version does a task: the best, the cheapest that is good enough, the best by draws, or several tasks at once.",
+        "best|cheapest|thompson|assign",
+    ),
+    Setting("task_queue", whole(1, 10_000_000), 100_000, "Tasks that may wait; more are refused for a while.", "N"),
+)
+"""Of the dispatcher."""
+
 CLUSTER = (
     Setting(
         "mode",
@@ -254,7 +266,8 @@ CLUSTER = (
     ),
     Setting("block_bytes", block_size, BLOCK_BYTES, "The largest block; 4KiB to 16MiB.", "SIZE"),
     *ROUNDS,
-    Setting("state_dir", text, "", "Where keys are kept; by default ~/.local/state/shoal.", "DIR"),
+    *TASKS,
+    Setting("state_dir", text, "", "Where keys, models and tasks are kept; by default ~/.local/state/shoal.", "DIR"),
 )
 
 SERVER = (

@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sys
 import time
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
 from ..protocol.errors import ShoalError
 from ..protocol.join import key_text, read_key
 from .loop import Core, Door, Listener, Loop
+
+if TYPE_CHECKING:
+    from ..tasks.dispatcher import Dispatcher
 
 
 def main() -> int:
@@ -43,6 +48,12 @@ def main() -> int:
         given["recipe"] = recipe(active=bool(listed), **given["recipe"])
         peers = {name: _key(key) for name, key in listed.items()} or None
         core, label = Coordinator(_random(), Settings(**given), wall, peers=peers), "coordinator"
+    elif config["role"] == "dispatcher":
+        try:
+            core, label = _dispatcher(config, listener.port, wall), "dispatcher"
+        except ShoalError as error:
+            _say({"error": error.what, "hint": error.hint})
+            return 69
     else:
         import torch
 
@@ -54,14 +65,30 @@ def main() -> int:
         key = key_text(door.public) if door.public else ""
         core, label = Shard(_random(), config["advertise"], listener.port, key, wall), "shard"
     loop = Loop(context, listener, core, label)
-    if config["role"] == "shard":
+    if config["role"] != "coordinator":
         up = config["coordinator"]
         loop.join(up["host"], up["port"], _key(up["key"]), door)
     _say({"port": listener.port, "pid": os.getpid()})
     loop.run()
     loop.close()
+    end = getattr(core, "end", None)
+    if end is not None:
+        end()
     context.term()
     return 0
+
+
+def _dispatcher(config: dict[str, Any], port: int, wall: float) -> Dispatcher:
+    from ..tasks.book import SqliteBook
+    from ..tasks.dispatcher import Dispatcher, Settings
+    from ..tasks.library import Shelf
+
+    key = config.get("public", "")
+    here = config["advertise"], port, key
+    book, shelf = SqliteBook(Path(config["book"])), Shelf(Path(config["models"]))
+    settings = Settings(**config["settings"])
+    draw = random.SystemRandom().betavariate
+    return Dispatcher(_random(), book, shelf, settings, here, wall, draw)
 
 
 def _first_line() -> bytes:

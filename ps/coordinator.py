@@ -49,7 +49,9 @@ from ..protocol.messages import (
 )
 from ..protocol.records import Member
 from ..protocol.rounds import Deal, Enlist
+from ..protocol.tasking import Host
 from .federation import Federation
+from .hosted import Hosted
 from .lobby import Lobby
 from .members import Life, Members, Refusal
 from .partitions import Answer, Partitions
@@ -121,6 +123,7 @@ class Coordinator:
         self._cluster_epoch = 1
         self._requests = Requests()
         self._lobby = Lobby()
+        self._dispatcher = Hosted()
         self._retry_at = 0.0
         self._out: list[Effect] = []
 
@@ -295,17 +298,9 @@ class Coordinator:
             self._look_again()
 
     def _welcome(self, life: Life) -> Welcome:
-        s = self.settings
-        return Welcome(
-            life.incarnation,
-            self.run,
-            life.number,
-            self.epoch,
-            s.lease,
-            self.modes.phases,
-            s.nonfinite,
-            self.shards.places,
-        )
+        s, phases = self.settings, self.modes.phases
+        now = (life.incarnation, self.run, life.number, self.epoch)
+        return Welcome(*now, s.lease, phases, s.nonfinite, self.shards.places)
 
     def _renew(self, peer: Peer, renew: Renew) -> None:
         life = self._known(peer, renew.incarnation)
@@ -519,8 +514,12 @@ class Coordinator:
             self._send(peer, answer)
 
     def _inquire(self, peer: Peer, message: Inquire) -> None:
-        body = json.dumps(status(self), allow_nan=False).encode()
+        found = self._dispatcher.place(self.now) if message.what == "dispatcher" else status(self)
+        body = json.dumps(found, allow_nan=False).encode()
         self._send(peer, AnswerMessage(message.request, self.wall + self.now, (body,)))
+
+    def _host(self, peer: Peer, message: Host) -> None:
+        self._dispatcher.heard(message, self.now)
 
     def _echo(self, peer: Peer, message: Echo) -> None:
         self._send(peer, Echoed(message.request, message.buffers))
@@ -560,6 +559,7 @@ _ACTS: dict[type[Message], _Act] = {
     Switch: Coordinator._switch,
     Enlist: Coordinator._enlist,
     Inquire: Coordinator._inquire,
+    Host: Coordinator._host,
     Echo: Coordinator._echo,
     Refused: Coordinator._ignore,
 }

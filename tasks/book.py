@@ -108,6 +108,8 @@ class Book(Protocol):
 
     def commit(self) -> None: ...
 
+    def end(self) -> None: ...
+
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS tasks (

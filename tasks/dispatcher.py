@@ -65,7 +65,8 @@ PATIENCE = 2.0
 """Seconds that a task waits for somebody who could do it to come."""
 MOST_TRIES = 5
 MOST_CLIENTS = 65_536
-NO_ANSWER = Told(0, "", "", "", 0, "", "", 0.0)
+MOST_REQUESTS = 256
+REQUEST = "request:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,9 @@ class Dispatcher:
         self.book, self.library = book, library
         self.waiting, self.crew = Waiting(), Crew()
         self.beliefs: dict[tuple[str, str], Belief] = {}
-        self.rollout = Rollout(library, book.notes(), book.put)
+        notes = book.notes()
+        self._requests = {key: text for key, text in notes.items() if key.startswith(REQUEST)}
+        self.rollout = Rollout(library, notes, book.put)
         self.planner = Planner(self.rollout, self.crew, self.beliefs, settings.policy, settings.linger, beta)
         self.now = 0.0
         self._here = here
@@ -226,6 +229,8 @@ class Dispatcher:
             self.counters["rejected.malformed"] += 1
             return
         known = self.crew.get(offer.executor)
+        for other in [seat for seat in self.crew if seat.name == offer.name and seat.incarnation != offer.executor]:
+            self._lost(self.crew.gone(other), "was started again")
         seat = self.crew.offered(peer, offer, self.now)
         if seat is None:
             return self._send(peer, Refused(0, "full", "there are too many executors"))
@@ -323,8 +328,8 @@ class Dispatcher:
     # --- answers
 
     def _fail(self, item: Item, code: str, text: str, identity: str = "") -> None:
-        item.over = True
         if item.parcel is not None:
+            item.over = True
             item = item.parcel.whole
         if not item.over:
             self._close(item, code, text, b"", identity, "")
@@ -474,14 +479,13 @@ class Dispatcher:
         )
 
     def _publish(self, peer: Peer, message: Publish) -> None:
-        known = self.book.notes().get(_request(message))
+        known = self._requests.get(_request(message))
         if known:
             return self._send(peer, Published(message.client, message.request, (known.encode(),)))
 
         def publish() -> Message:
             card = self.library.publish(message.weights, message.buffers[0])
-            self.book.put(_request(message), card.packed.decode())
-            self.book.commit()
+            self._note(message, card.packed.decode())
             self.rollout.look()
             self._out.append(Log("info", f"{card} was published"))
             return Published(message.client, message.request, (card.packed,))
@@ -489,7 +493,7 @@ class Dispatcher:
         self._try(peer, message.request, publish)
 
     def _govern(self, peer: Peer, message: Govern) -> None:
-        known = self.book.notes().get(_request(message))
+        known = self._requests.get(_request(message))
         if known:
             return self._send(peer, Governed(message.client, message.request, int(known)))
 
@@ -504,13 +508,22 @@ class Dispatcher:
                     card = r.canary(m.name, m.version, m.share)
                 case _:
                     raise ConfigError(f"there is nothing like {m.what!r} to be done with a version")
-            self.book.put(_request(message), str(card.version))
-            self.book.commit()
+            self._note(message, str(card.version))
             self._out.append(Log("info", f"{card}: {m.what}" + (f", {m.why}" if m.why else "")))
             self._everybody()
             return Governed(m.client, m.request, card.version)
 
         self._try(peer, message.request, govern)
+
+    def _note(self, message: Publish | Govern, outcome: str) -> None:
+        """If it is repeated, it has the same outcome; the last so many are remembered."""
+        self._requests[_request(message)] = outcome
+        self.book.put(_request(message), outcome)
+        while len(self._requests) > MOST_REQUESTS:
+            oldest = next(iter(self._requests))
+            del self._requests[oldest]
+            self.book.put(oldest, "")
+        self.book.commit()
 
     def _try(self, peer: Peer, request: int, make: Callable[[], Message]) -> None:
         try:
@@ -530,6 +543,11 @@ class Dispatcher:
     def _send(self, peer: Peer | None, message: Message) -> None:
         if peer is not None:
             self._out.append(Send(peer, message))
+
+    def end(self) -> None:
+        """The process ends."""
+        self.book.end()
+        self.library.end()
 
     def check(self) -> None:
         """The invariants; tests call it after every event."""
@@ -554,7 +572,7 @@ def _parts(numbers: list[int]) -> list[tuple[int, ...]]:
 
 def _request(message: Publish | Govern) -> str:
     """The note by which a repeated request is known."""
-    return f"request:{message.client:016x}:{message.request}"
+    return f"{REQUEST}{message.client:016x}:{message.request}"
 
 
 _ACTS: dict[type[Message], Callable[[Dispatcher, Peer, Any], None]] = {

@@ -55,6 +55,8 @@ class Library(Protocol):
         """Make a version of what was uploaded."""
         ...
 
+    def end(self) -> None: ...
+
 
 class Shelf:
     """A `Library` of a folder.

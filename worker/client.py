@@ -29,8 +29,8 @@ from ..protocol.errors import (
     ShoalError,
     WaitTimeout,
 )
-from ..protocol.join import MAX_NAME, JoinAddress, is_name, key_text
-from ..protocol.model import ModelSpec, Tensor
+from ..protocol.join import MAX_NAME, JoinAddress, key_text
+from ..protocol.model import ModelSpec
 from ..protocol.phases import at
 from ..protocol.records import Place
 from ..protocol.rules import Rule
@@ -40,12 +40,14 @@ from . import calls
 from .address import check_resolves
 from .arrays import Array, Cache, Template, describe, write
 from .buffers import Buffers
+from .checks import check_out, checked_name, wanted_names
 from .core import Core
 from .data import Partition
 from .exchange import Exchange, first_values
 from .loop import Loop, Ticket
 from .rounds import Round, Trainer
 from .stats import Stats
+from .versions import CONNECT_TIMEOUT, Versions
 
 if TYPE_CHECKING:
     import torch
@@ -55,14 +57,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("shoal")
 
-CONNECT_TIMEOUT = 60.0
 WAIT_TIMEOUT = 600.0
 CLOSE_TIMEOUT = 10.0
 RAW_CODEC = Codec()
 MOST_LOGGED = 256
 
 
-class Worker:
+class Worker(Versions):
     """A worker, joined to a cluster. Made by `shoal.connect`; a context manager.
 
     Args:
@@ -98,10 +99,12 @@ class Worker:
         identities: Mapping[str, bytes] | None = None,
     ) -> None:
         host = socket.gethostname()
-        self.name = _checked_name(name) or f"{host[:64]}-{os.getpid()}-{os.urandom(2).hex()}"
+        self.name = checked_name(name) or f"{host[:64]}-{os.getpid()}-{os.urandom(2).hex()}"
         check_resolves(address)
         key = key_text(address.server_key) if address.server_key else ""
         who = (self.name, attempt, host, os.getpid())
+        self._address = address
+        self._patron = None
         self._core = Core(Place(0, 0, address.host, address.port, key), who, _random)
         self._loop = Loop(self._core, address.secret, wait_timeout)
         self._exchange = Exchange(self._loop, self._core.stats, transport, push_codec, pull_codec)
@@ -246,10 +249,10 @@ class Worker:
         if out is not None and out is self._buffers.weights and names is None:
             with self._exchange.fetched(None, timeout):
                 return dict(self._buffers.weights)
-        wanted = _names(names, out, self._exchange.templates)
+        wanted = wanted_names(names, out, self._exchange.templates)
         if out is not None:
             for name in wanted:
-                _check_out(cache.tensor(name), describe(name, out[name]))
+                check_out(cache.tensor(name), describe(name, out[name]))
         partial = None if len(wanted) == len(cache.layout.spec.tensors) else wanted
         with self._exchange.fetched(partial, timeout):
             if out is None:
@@ -525,26 +528,6 @@ class Worker:
 
     def __repr__(self) -> str:
         return f"<shoal.Worker {self.name!r} clock={self._core.stats.clock} mode={self.mode}>"
-
-
-def _names(names: str | Iterable[str] | None, out: Mapping[str, Array] | None, known: Mapping[str, Any]) -> list[str]:
-    if names is None:
-        return list(out if out is not None else known)
-    wanted = [names] if isinstance(names, str) else list(names)
-    if out is not None and set(wanted) - set(out):
-        raise ShapeError(f"out has no {sorted(set(wanted) - set(out))[0]!r}")
-    return wanted
-
-
-def _checked_name(name: str) -> str:
-    if not isinstance(name, str) or not is_name(name):
-        raise ConfigError(f"a worker's name is a printable text of at most {MAX_NAME} bytes, not {name!r:.80}")
-    return name
-
-
-def _check_out(wanted: Tensor, found: Tensor) -> None:
-    if (wanted.dtype, wanted.shape) != (found.dtype, found.shape):
-        raise ShapeError(f"out[{wanted.name!r}] is {found.dtype}{list(found.shape)}, registered as {wanted}")
 
 
 def _random() -> int:

@@ -1,7 +1,7 @@
 """An executor's core: it holds the versions that it is told to, and hands work to whoever runs it (SPEC §15).
 
 Rules
-- `handle` is the only method that changes anything; no socket, no clock, no model: what a version is made of is the caller's to know.
+- `handle` is the only method that changes anything; no socket, no clock, no model: what a version is of is the caller's to know.
 - A version is offered as loaded when the caller has said so, and answered with from then on; before that it is nobody's.
 - Each batch has one outcome, which is said until it is settled. What is at work is never dropped.
 """
@@ -21,6 +21,7 @@ from ..protocol.records import Place
 from ..protocol.schema import Buffer
 from ..protocol.tasking import Chunk, Done, Fetch, Load, Offer, Retire, Settled, Work
 from ..tasks.card import Card
+from .calls import Cancelled
 from .finder import DISPATCHER, Finder
 
 OFFER_EVERY = 1.0
@@ -74,11 +75,6 @@ class StopCalled:
 class OpenCalled:
     """Answered when the dispatcher knows of this executor."""
 
-    ticket: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
     ticket: int
 
 
@@ -190,7 +186,8 @@ class Executor:
             call = _CALLS.get(type(event))
             if call is not None:
                 call(self, event)
-        self._pursue()
+        if not self._stopped:
+            self._pursue()
         return self._out
 
     def timed_out(self, seconds: float, now: float) -> Exception:

@@ -3,7 +3,7 @@
 Rules
 - `handle` is the only method that changes anything; no socket, no clock.
 - A task is said until it is taken, and again after a broken connection until it is answered. The first answer counts.
-- While two messages are not taken, what is submitted waits and goes together: a message for each task would cost more than the tasks.
+- While two messages are not taken, what is submitted waits and goes together: a message for each would cost more than the tasks.
 - At its deadline a task has failed here as well, whether or not anybody says so.
 """
 
@@ -35,6 +35,7 @@ from ..protocol.tasking import (
     Told,
     Uploaded,
 )
+from .calls import Cancelled
 from .finder import DISPATCHER, Finder
 
 RETRY = 1.0
@@ -68,11 +69,6 @@ class AskCalled:
 class OpenCalled:
     """Answered when the dispatcher is there."""
 
-    ticket: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
     ticket: int
 
 
@@ -309,7 +305,9 @@ class Submitter:
         ]
         if lost:
             self._over(tuple(lost))
-            self._unsaid = lost + [number for number in self._unsaid if self._pending[number].said_at == -inf]
+            self._unsaid = lost + [
+                number for number in self._unsaid if number in self._pending and self._pending[number].said_at == -inf
+            ]
 
     def _say(self) -> None:
         """One message of what waits."""
