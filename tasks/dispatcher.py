@@ -66,6 +66,8 @@ PATIENCE = 2.0
 MOST_TRIES = 5
 MOST_CLIENTS = 65_536
 MOST_REQUESTS = 256
+MOST_TIMES = 8
+"""That an answer is said unasked."""
 REQUEST = "request:"
 
 
@@ -83,6 +85,16 @@ class Settings:
     most_bytes: int = 1 << 30
     linger: float = 0.005
     window: int = 500
+
+
+@dataclass(slots=True)
+class _Unheard:
+    """An answer that its client has not confirmed."""
+
+    told: Told
+    output: Buffer
+    said_at: float = -inf
+    times: int = 0
 
 
 class Dispatcher:
@@ -116,7 +128,7 @@ class Dispatcher:
         self._here = here
         self._items: dict[Id, Item] = {}
         """All that are not answered, but for parts."""
-        self._unheard: dict[Id, tuple[Told, Buffer]] = {}
+        self._unheard: dict[Id, _Unheard] = {}
         self._routes: dict[int, Peer] = {}
         self._highest: dict[int, int] = {}
         """By client, the highest number of a task that has come: what is above it is new."""
@@ -137,7 +149,7 @@ class Dispatcher:
         for task in self.book.open():
             self._enqueue(task.id, task.asked, task.payload, task.came - self.wall)
         for closed in self.book.unheard():
-            self._unheard[closed.id] = closed.told, closed.output
+            self._unheard[closed.id] = _Unheard(closed.told, closed.output)
         for identity, kind, reward in self.book.rewards():
             self._believe(identity, kind, reward)
         self.book.commit()
@@ -341,7 +353,7 @@ class Dispatcher:
         seconds = max(0.0, self.now - item.came)
         told = Told(item.asked.number, code, text[:4096], name, version, identity, executor, seconds)
         del self._items[item.id]
-        self._unheard[item.id] = told, output
+        self._unheard[item.id] = _Unheard(told, output)
         self._closed.append(Closed(item.id, told, output, item.reason, not item.asked.privacy))
         self._told.setdefault(item.id[0], []).append(item.asked.number)
         self.counters["answered" if not code else f"failed.{code}"] += 1
@@ -358,11 +370,18 @@ class Dispatcher:
             self._send(COORDINATOR, Host(self.life, *self._here))
             if self.rollout.look():
                 self._everybody()
+            self._say_again()
             self._dirty = True
         if self._dirty or self.now >= self._patient_until:
             self._dirty, self._patient_until = False, inf
             self._dispatch()
         self._flush()
+
+    def _say_again(self) -> None:
+        """Answers that nobody has confirmed, ever more seldom; a client that comes back asks for them."""
+        for (client, number), each in self._unheard.items():
+            if client in self._routes and each.times < MOST_TIMES and self.now - each.said_at >= RETRY * each.times:
+                self._told.setdefault(client, []).append(number)
 
     def _why_waiting(self, item: Item) -> str:
         if not len(self.crew):
@@ -406,7 +425,9 @@ class Dispatcher:
         for client, numbers in self._told.items():
             for part in _parts(numbers):
                 found = [self._unheard[client, number] for number in part if (client, number) in self._unheard]
-                told, outputs = tuple(told for told, _ in found), tuple(output for _, output in found)
+                told, outputs = tuple(each.told for each in found), tuple(each.output for each in found)
+                for each in found:
+                    each.said_at, each.times = self.now, each.times + 1
                 if found:
                     self._send(self._routes.get(client), Answers(client, told, outputs))
         self._taken, self._told = {}, {}

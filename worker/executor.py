@@ -166,9 +166,11 @@ class Executor:
     def wake_at(self) -> float:
         if self._stopped:
             return inf
-        offer = self._offer_at if self._finder.linked else inf
-        fetch = min((each.asked_at + RETRY for each in self._coming.values() if not each.handed), default=inf)
-        return min(self._finder.wake_at, offer, fetch, self._repeat_at if self._done else inf)
+        if not self._finder.linked:
+            return self._finder.wake_at
+        coming = self._fetching
+        fetch = coming.asked_at + RETRY if coming else inf
+        return min(self._offer_at, fetch, self._repeat_at if self._done else inf)
 
     def handle(self, event: object, now: float) -> list[Effect]:
         self._out, self._now = [], now
@@ -343,12 +345,17 @@ class Executor:
             offer = Offer(self.incarnation, self.name, models, open_, data, price, max(0.0, self._free), *state)
             self._out.append(Send(DISPATCHER, offer))
 
+    @property
+    def _fetching(self) -> _Coming | None:
+        """One at a time."""
+        whole = (each for each in self._coming.values() if not each.handed and len(each.data) < each.card.size)
+        return next(whole, None)
+
     def _fetch(self) -> None:
-        for coming in self._coming.values():
-            if not coming.handed and len(coming.data) < coming.card.size and self._now >= coming.asked_at + RETRY:
-                coming.asked_at = self._now
-                self._out.append(Send(DISPATCHER, Fetch(self.incarnation, coming.card.weights, len(coming.data))))
-                return  # one at a time
+        coming = self._fetching
+        if coming is not None and self._now >= coming.asked_at + RETRY:
+            coming.asked_at = self._now
+            self._out.append(Send(DISPATCHER, Fetch(self.incarnation, coming.card.weights, len(coming.data))))
 
     def _hand_on(self) -> None:
         while self._nexts:

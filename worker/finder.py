@@ -45,7 +45,7 @@ class Finder:
 
     @property
     def wake_at(self) -> float:
-        return inf if self.linked and self._reached else self._ask_at
+        return self._ask_at if self._reached and not self.linked else inf
 
     def handle(self, event: object, now: float) -> list[Effect]:
         """What there is to do about an event; any event will do. Afterwards `linked` says whether the dispatcher is there."""

@@ -39,6 +39,8 @@ from .calls import Cancelled
 from .finder import DISPATCHER, Finder
 
 RETRY = 1.0
+ASK_AGAIN = 30.0
+"""Seconds after which a task that was taken is asked for again: its answer may have been lost."""
 MOST = 512
 """Tasks in a message."""
 MOST_BYTES = 8 * 1024 * 1024
@@ -190,6 +192,7 @@ class Submitter:
         number = self._numbers.pop(call.ticket, None)
         if number is not None:
             self._pending.pop(number, None)
+            self._over((number,))
         for request in [each for each, asking in self._asking.items() if asking.ticket == call.ticket]:
             del self._asking[request]
         if call.ticket in self._openers:
@@ -282,6 +285,7 @@ class Submitter:
             if pending is not None:
                 text = f"not done within {pending.asked.deadline:g} s, and the dispatcher does not say why"
                 self._end(number, Fail(pending.ticket, TaskFailed(text, hint="shoal tasks ls")))
+                self._over((number,))
         if not self._finder.linked:
             if self._now >= self._look_at:
                 self._look_at = self._now + RETRY
@@ -297,11 +301,11 @@ class Submitter:
                 self._out.append(Send(DISPATCHER, asking.message))
 
     def _look(self) -> None:
-        """What was said and not taken is said again."""
+        """What was said and not taken is said again, and after a while what was."""
         lost = [
             number
             for number, pending in self._pending.items()
-            if not pending.taken and pending.said_at > -inf and self._now - pending.said_at >= RETRY
+            if pending.said_at > -inf and self._now - pending.said_at >= (ASK_AGAIN if pending.taken else RETRY)
         ]
         if lost:
             self._over(tuple(lost))
@@ -342,6 +346,7 @@ class Submitter:
         """The invariants; tests call it after every event."""
         assert set(self._numbers.values()) <= set(self._pending)
         assert len(self._under_way) <= WINDOW
+        assert all(said and said <= self._pending.keys() for said in self._under_way)
 
 
 def inquiry(what: str) -> Callable[[int, int], Message]:
