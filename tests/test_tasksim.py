@@ -14,9 +14,11 @@ import pytest
 from simnet import Faults
 from tasknet import LABELS, NAME, TaskNet
 
+from shoal.protocol.tasking import Chunk
 from shoal.tasks import allot
-from shoal.tasks.crew import Crew
 from shoal.tasks.dispatcher import Settings
+from shoal.tasks.waiting import Waiting
+from shoal.worker import executor
 from shoal.worker.executor import Executor
 
 SEED = int(os.environ.get("SHOAL_SEED", random.SystemRandom().randrange(2**32)))
@@ -96,9 +98,9 @@ def blind(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(allot, "_CONSTRAINTS", allot._CONSTRAINTS[1:])
 
 
-def patient(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Crew, "expired", lambda self, now: [])
-    patch.setattr(Crew, "wake_at", inf)
+def forgetful(patch: pytest.MonkeyPatch) -> None:
+    real = Waiting.add
+    patch.setattr(Waiting, "add", lambda self, item, first=False: None if first else real(self, item))
 
 
 def hasty(patch: pytest.MonkeyPatch) -> None:
@@ -110,12 +112,12 @@ def hasty(patch: pytest.MonkeyPatch) -> None:
             if coming.data and not coming.handed:
                 coming.data = coming.data.ljust(coming.card.size, b"?")
 
-    patch.setattr(Executor, "_chunk", chunk)
+    patch.setitem(executor._ACTS, Chunk, chunk)
 
 
-@pytest.mark.parametrize("fault", [blind, patient, hasty])
+@pytest.mark.parametrize("fault", [blind, forgetful, hasty])
 def test_faults_are_found(fault: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who does not look at labels, waits for the dead, or takes a part for the whole, does not pass."""
+    """Who does not look at labels, forgets the work of the dead, or takes a part for the whole, does not pass."""
     fault(monkeypatch)
 
     def many() -> None:
