@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import click
 
 from . import __version__
+from .cli_models import models, tasks
 from .launch.connect import check_platform
 from .launch.settings import JOIN, RUN, SERVER, BadFlag, Setting, settle
 from .protocol.errors import AuthError, ConfigError, NoServerError, ServerLost, ShoalError, VersionError, WaitTimeout
@@ -138,10 +139,12 @@ def status(join: str | None, as_json: bool) -> int:
     shoal status
     SHOAL_JOIN=shoal1:… shoal status --json
     """
-    from .launch.inquiry import inquire
+    from .launch.inquiry import inquire, tasks_of
     from .launch.status import show
 
-    found = inquire(read_join(joining(join)), "status")
+    address = read_join(joining(join))
+    found = inquire(address, "status")
+    found["tasks"] = tasks_of(address)
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
@@ -219,84 +222,8 @@ def identity(file: str, name: str) -> int:
     return 0
 
 
-STATE = click.option(
-    "--state-dir", default="", envvar="SHOAL_STATE_DIR", metavar="DIR", help="Where models are kept. [SHOAL_STATE_DIR]"
-)
-NAME = click.argument("name")
-
-
-@shoal.group()
-def models() -> None:
-    """Versions of trained models on this machine, and which of them is served."""
-
-
-@models.command("ls")
-@STATE
-@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
-def models_ls(state_dir: str, as_json: bool) -> int:
-    """A line for each model."""
-    from .launch.models import listing, print_listing, registry
-
-    with registry(state_dir) as kept:
-        found = listing(kept)
-    click.echo(json.dumps(found, indent=2)) if as_json else print_listing(found)
-    return 0
-
-
-@models.command("show")
-@NAME
-@STATE
-@click.option("--json", "as_json", is_flag=True, help="One JSON object: cards and history.")
-def models_show(name: str, state_dir: str, as_json: bool) -> int:
-    """Versions of a model, with quality, data and lineage, and what was promoted when."""
-    from .launch.models import print_shown, registry, shown
-
-    with registry(state_dir) as kept:
-        found = shown(kept, name)
-    click.echo(json.dumps(found, indent=2)) if as_json else print_shown(found)
-    return 0
-
-
-@models.command("promote")
-@NAME
-@click.argument("version", type=click.IntRange(1))
-@STATE
-@click.option("--why", default="", help="For the history.")
-def models_promote(name: str, version: int, state_dir: str, why: str) -> int:
-    """Serve this version from now on. It must have been evaluated."""
-    from .launch.models import registry
-
-    with registry(state_dir) as kept:
-        click.echo(f"{kept.promote(name, version, why)} is promoted")
-    return 0
-
-
-@models.command("rollback")
-@NAME
-@STATE
-@click.option("--why", default="", help="For the history.")
-def models_rollback(name: str, state_dir: str, why: str) -> int:
-    """Serve again what was served before."""
-    from .launch.models import registry
-
-    with registry(state_dir) as kept:
-        click.echo(f"{kept.rollback(name, why)} is promoted again")
-    return 0
-
-
-@models.command("export")
-@NAME
-@click.argument("file")
-@STATE
-@click.option("--version", type=click.IntRange(1), help="By default the promoted one.")
-def models_export(name: str, file: str, state_dir: str, version: int | None) -> int:
-    """Write a version's parameters to FILE, which safetensors opens anywhere."""
-    from .launch.models import export, registry
-
-    with registry(state_dir) as kept:
-        card = export(kept, name, version, file)
-    click.echo(f"{card}: {card.size} bytes in {file}")
-    return 0
+shoal.add_command(models)
+shoal.add_command(tasks)
 
 
 @shoal.group()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ..protocol.asking import Answer, Echo, Echoed, Inquire, Switch, Switched
 from ..protocol.effects import COORDINATOR, Denied, Linked, Open, Received
 from ..protocol.errors import AuthError, NoServerError, VersionError
-from ..protocol.join import JoinAddress, key_text
+from ..protocol.join import JoinAddress, key_text, read_key
 from ..protocol.messages import Message, Refused
 from ..worker.wires import Wires
 
@@ -118,6 +119,19 @@ class Inquiry:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def tasks_of(address: JoinAddress, timeout: float = TIMEOUT) -> dict[str, Any] | None:
+    """How the cluster's dispatcher is; None where there is none that answers."""
+    place = inquire(address, "dispatcher", timeout)
+    if not place or (address.server_key and not place.get("key")):
+        return None
+    key = read_key(place["key"], "dispatcher's key") if place["key"] else b""
+    there = replace(address, host=str(place["host"]), port=int(place["port"]), server_key=key)
+    try:
+        return inquire(there, "status", timeout)
+    except NoServerError:
+        return None
 
 
 def inquire(address: JoinAddress, what: str, timeout: float = TIMEOUT) -> dict[str, Any]:

@@ -101,6 +101,14 @@ def number(value: Any) -> str:
     return "nan" if value is None else str(value)
 
 
+def human_seconds(seconds: float) -> str:
+    """A duration, short."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs" if seconds > 0 else "0"
+
+
 def human_bytes(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:

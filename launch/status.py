@@ -14,6 +14,15 @@ from .report import human_bytes, number
 
 def show(status: dict[str, Any]) -> None:
     """Print a status to standard output."""
+    _training(status)
+    tasks = status.get("tasks")
+    if tasks and (tasks["executors"] or tasks["models"] or tasks["waiting"]):
+        from .tasks import print_dispatcher
+
+        print_dispatcher(tasks)
+
+
+def _training(status: dict[str, Any]) -> None:
     console = Console(highlight=False)
     bound = f"  staleness {number(status['staleness'])}" if status["mode"] == "async" else ""
     console.print(

@@ -153,7 +153,8 @@ class Recollect:
 
 @dataclass(frozen=True, slots=True)
 class Recollected:
-    """A buffer for each task: `[inputs, truth]`. `last`: the place of the last one."""
+    """A buffer for each task: the length of its inputs as a little-endian u32, they, and what was right. `last`: the last one's
+    place."""
 
     TYPE: ClassVar[int] = 114
     client: U64

@@ -110,7 +110,7 @@ def _shown(line: Line) -> dict[str, Any]:
 def described(card: Card) -> dict[str, Any]:
     """A card and its identity, as JSON says it."""
     quality = {kind: dict(metrics) for kind, metrics in card.quality.items()}
-    return {"identity": card.identity, **asdict(card), "quality": quality}
+    return {"identity": card.identity, **asdict(card), "quality": quality, "packed": card.packed.decode()}
 
 
 def _models(d: Dispatcher, _: str) -> list[dict[str, Any]]:

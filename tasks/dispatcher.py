@@ -25,19 +25,16 @@ from ..protocol.tasking import (
     Answers,
     Asked,
     Busy,
-    Chunk,
     Counted,
     Done,
     Feedback,
     Fetch,
     Govern,
-    Governed,
     Heard,
     Host,
     Load,
     Offer,
     Publish,
-    Published,
     Recollect,
     Recollected,
     Retire,
@@ -46,7 +43,6 @@ from ..protocol.tasking import (
     Taken,
     Told,
     Upload,
-    Uploaded,
     Work,
 )
 from .allot import BEST, Needs
@@ -55,6 +51,7 @@ from .book import Book, Closed, Id, Open
 from .card import is_label
 from .crew import Batch, Crew, Seat
 from .desk import answer
+from .lending import Lending
 from .library import Library
 from .rollout import Rollout
 from .routes import Planner
@@ -65,10 +62,8 @@ PATIENCE = 2.0
 """Seconds that a task waits for somebody who could do it to come."""
 MOST_TRIES = 5
 MOST_CLIENTS = 65_536
-MOST_REQUESTS = 256
 MOST_TIMES = 8
 """That an answer is said unasked."""
-REQUEST = "request:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +116,8 @@ class Dispatcher:
         self.waiting, self.crew = Waiting(), Crew()
         self.beliefs: dict[tuple[str, str], Belief] = {}
         notes = book.notes()
-        self._requests = {key: text for key, text in notes.items() if key.startswith(REQUEST)}
         self.rollout = Rollout(library, notes, book.put)
+        self._shelf = Lending(book, library, self.rollout, notes)
         self.planner = Planner(self.rollout, self.crew, self.beliefs, settings.policy, settings.linger, beta)
         self.now = 0.0
         self._here = here
@@ -262,18 +257,6 @@ class Dispatcher:
         if identities != seat.told or (again and lacks and self.now - seat.told_at >= RETRY):
             seat.told, seat.told_at = identities, self.now
             self._send(seat.peer, Load(seat.incarnation, identities, tuple(card.packed for card in cards)))
-
-    def _fetch(self, peer: Peer, message: Fetch) -> None:
-        seat = self.crew.get(message.executor)
-        if seat is None or message.weights not in {card.weights for card in self.rollout.cards}:
-            self.counters["rejected.misplaced"] += 1
-            return
-        try:
-            total, piece = self.library.piece(message.weights, message.offset)
-        except ConfigError as error:
-            self._out.append(Log("error", str(error)))
-            return
-        self._send(peer, Chunk(message.executor, message.weights, message.offset, total, (piece,)))
 
     def _retire(self, peer: Peer, message: Retire) -> None:
         seat = self.crew.get(message.executor)
@@ -476,85 +459,26 @@ class Dispatcher:
             self._dirty = True
 
     def _recollect(self, peer: Peer, message: Recollect) -> None:
-        from .values import pack, unpack
-
         rows = self.book.examples(message.kind, message.after, min(message.most, MOST))
         kept, buffers = [], []
         for _, id_, inputs, truth in rows:
             kept.append(id_)
-            buffers.append(pack([unpack(inputs), unpack(truth)]))
+            buffers.append(b"".join((len(inputs).to_bytes(4, "little"), inputs, truth)))
         last = rows[-1][0] if rows else message.after
         self._send(peer, Recollected(message.client, message.request, last, tuple(kept), tuple(buffers)))
 
     # --- versions
 
-    def _upload(self, peer: Peer, message: Upload) -> None:
-        self._try(
-            peer,
-            message.request,
-            lambda: Uploaded(
-                message.client,
-                message.request,
-                self.library.take(message.weights, message.total, message.offset, message.buffers[0]),
-            ),
-        )
+    def _fetch(self, peer: Peer, message: Fetch) -> None:
+        self._send(peer, self._shelf.fetch(message))
 
-    def _publish(self, peer: Peer, message: Publish) -> None:
-        known = self._requests.get(_request(message))
-        if known:
-            return self._send(peer, Published(message.client, message.request, (known.encode(),)))
-
-        def publish() -> Message:
-            card = self.library.publish(message.weights, message.buffers[0])
-            self._note(message, card.packed.decode())
-            self.rollout.look()
-            self._out.append(Log("info", f"{card} was published"))
-            return Published(message.client, message.request, (card.packed,))
-
-        self._try(peer, message.request, publish)
-
-    def _govern(self, peer: Peer, message: Govern) -> None:
-        known = self._requests.get(_request(message))
-        if known:
-            return self._send(peer, Governed(message.client, message.request, int(known)))
-
-        def govern() -> Message:
-            r, m = self.rollout, message
-            match m.what:
-                case "promote":
-                    card = r.promote(m.name, m.version, m.why)
-                case "rollback":
-                    card = r.rollback(m.name, m.why)
-                case "canary":
-                    card = r.canary(m.name, m.version, m.share)
-                case _:
-                    raise ConfigError(f"there is nothing like {m.what!r} to be done with a version")
-            self._note(message, str(card.version))
-            self._out.append(Log("info", f"{card}: {m.what}" + (f", {m.why}" if m.why else "")))
-            self._everybody()
-            return Governed(m.client, m.request, card.version)
-
-        self._try(peer, message.request, govern)
-
-    def _note(self, message: Publish | Govern, outcome: str) -> None:
-        """If it is repeated, it has the same outcome; the last so many are remembered."""
-        self._requests[_request(message)] = outcome
-        self.book.put(_request(message), outcome)
-        while len(self._requests) > MOST_REQUESTS:
-            oldest = next(iter(self._requests))
-            del self._requests[oldest]
-            self.book.put(oldest, "")
-        self.book.commit()
-
-    def _try(self, peer: Peer, request: int, make: Callable[[], Message]) -> None:
-        try:
-            said = make()
-        except (ConfigError, OSError) as error:
-            what, hint = (error.what, error.hint) if isinstance(error, ConfigError) else (str(error), "")
-            text = f"{what}. Try: {hint}" if hint else what
-            return self._send(peer, Refused(request, "config", text[:4096]))
+    def _change(self, peer: Peer, message: Upload | Publish | Govern) -> None:
+        said, news = self._shelf.change(message)
         self._send(peer, said)
-        self._dirty = True
+        if news:
+            self._out.append(Log("info", news))
+            self._everybody()
+            self._dirty = True
 
     # --- the rest
 
@@ -591,11 +515,6 @@ def _parts(numbers: list[int]) -> list[tuple[int, ...]]:
     return [tuple(unique[start : start + MOST]) for start in range(0, len(unique), MOST)]
 
 
-def _request(message: Publish | Govern) -> str:
-    """The note by which a repeated request is known."""
-    return f"{REQUEST}{message.client:016x}:{message.request}"
-
-
 _ACTS: dict[type[Message], Callable[[Dispatcher, Peer, Any], None]] = {
     Submit: Dispatcher._submit,
     Heard: Dispatcher._heard,
@@ -605,8 +524,8 @@ _ACTS: dict[type[Message], Callable[[Dispatcher, Peer, Any], None]] = {
     Retire: Dispatcher._retire,
     Feedback: Dispatcher._feedback,
     Recollect: Dispatcher._recollect,
-    Upload: Dispatcher._upload,
-    Publish: Dispatcher._publish,
-    Govern: Dispatcher._govern,
+    Upload: Dispatcher._change,
+    Publish: Dispatcher._change,
+    Govern: Dispatcher._change,
     Inquire: Dispatcher._inquire,
 }

@@ -35,6 +35,19 @@ _STORED = tuple(np.dtype("<u2" if name == "bfloat16" else name).newbyteorder("<"
 _NUMBERS = {name: number for number, name in enumerate(DTYPES)}
 
 
+class Unloaded(np.ndarray[Any, np.dtype[Any]]):
+    """A torch tensor where torch is not loaded: its rows can be cut and joined, and it can be sent on.
+
+    Attributes:
+        name: of its dtype; bfloat16 is kept as its 16 bits.
+    """
+
+    name: str
+
+    def __array_finalize__(self, other: Any) -> None:
+        self.name = getattr(other, "name", "")
+
+
 def pack(value: Value) -> bytes:
     """The bytes of a value.
 
@@ -51,7 +64,7 @@ def pack(value: Value) -> bytes:
 
 
 def unpack(buffer: Buffer) -> Value:
-    """The value of these bytes. Arrays are views of them.
+    """The value of these bytes. Arrays are views of them; a torch tensor is `Unloaded` where torch is not loaded.
 
     Raises:
         ProtocolError: `malformed`: `pack` would not have written this.
@@ -106,7 +119,8 @@ def join(values: Sequence[Value]) -> Value:
     if isinstance(first, list):
         return [join([value[place] for value in values]) for place in range(len(first))]
     if isinstance(first, np.ndarray):
-        return np.concatenate(values)
+        joined = np.concatenate(values)
+        return _unloaded(joined, first.name) if isinstance(first, Unloaded) else joined
     import torch
 
     return torch.cat(list(values))
@@ -129,7 +143,9 @@ def alike(one: Value, other: Value) -> bool:
 
 
 def _pack_array(array: Any) -> bytes:
-    if isinstance(array, np.ndarray):
+    if isinstance(array, Unloaded):
+        kind, name, flat = TORCH, array.name, array.view(np.ndarray)
+    elif isinstance(array, np.ndarray):
         kind, name, flat = NUMPY, array.dtype.name, array
         if array.dtype.names or name not in _NUMBERS:
             raise ShapeError(f"an array of dtype {array.dtype} cannot be sent", hint=f"one of {', '.join(DTYPES)}")
@@ -166,9 +182,11 @@ def _unpack_array(view: memoryview) -> Any:
     if number == 0 and flat.size and int(flat.view(np.uint8).max()) > 1:
         raise _malformed("a boolean that is neither")
     array = flat.reshape(shape)
-    torch = sys.modules.get("torch") if kind == TORCH else None
+    if kind == NUMPY:
+        return array
+    torch = sys.modules.get("torch")
     if torch is None:
-        return array if number != BFLOAT16 else (array.astype(np.uint32) << 16).view(np.float32)
+        return _unloaded(array, DTYPES[number])
     owned = array if array.flags.writeable else array.copy()
     if number == BFLOAT16:
         return torch.from_numpy(owned.view(np.int16)).view(torch.bfloat16)
@@ -218,6 +236,12 @@ def _extended(code: int, data: bytes) -> Any:
     if code != EXT or not data or data[0] != ARRAY:
         raise _malformed(f"an extension of type {code}")
     return _unpack_array(memoryview(data))
+
+
+def _unloaded(array: Array, name: str) -> Unloaded:
+    found = array.view(Unloaded)
+    found.name = name
+    return found
 
 
 def _is_torch(value: Any) -> bool:

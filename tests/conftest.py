@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,13 @@ def nothing_left() -> Iterator[None]:
     assert not left, f"left behind: {left}"
 
 
+_states = count()
+
+
 @pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting of the machine's reaches a test."""
+def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No setting of the machine's reaches a test, and each keeps its state in a place of its own."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / f"state{next(_states)}"))
     for name in [
         name for name in os.environ if name.startswith("SHOAL_") and name not in ("SHOAL_SEED", "SHOAL_SCHEDULES")
     ]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,20 @@ def test_tensors_stay_tensors(dtype: str) -> None:
     tensor = (torch.arange(6).reshape(2, 3) % 2).to(getattr(torch, dtype))
     for found in (unpack(pack(tensor)), unpack(pack({"x": [tensor.t()]}))["x"][0].t()):
         assert isinstance(found, torch.Tensor) and found.dtype == tensor.dtype and torch.equal(found, tensor)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tensors_stay_tensors_where_torch_is_not_loaded(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are cut, joined and sent on."""
+    tensor = torch.arange(6).reshape(3, 2).to(getattr(torch, dtype))
+    packed = pack(tensor)
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "torch")
+        value = unpack(packed)
+        assert 3 == rows(value)
+        packed = pack(join([cut(value, 2, 3), cut(value, 0, 2)]))
+    found = unpack(packed)
+    assert found.dtype == tensor.dtype and torch.equal(found, tensor[[2, 0, 1]])
 
 
 def test_arrays_are_views_of_the_buffer() -> None:

@@ -293,11 +293,6 @@ class Core:
         self.federation.place(tuple(place.incarnation for place in sorted(message.shards, key=lambda each: each.index)))
 
     @property
-    def run(self) -> int:
-        """The cluster's."""
-        return self._run
-
-    @property
     def federated(self) -> bool:
         """Is this worker's next step a federated round? One that is counted in goes on to the clock where they begin."""
         newest = self.phases[-1] if self.phases else None

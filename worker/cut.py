@@ -16,4 +16,5 @@ def consistent(worker: Worker, timeout: float | None = None) -> tuple[dict[str, 
     core = worker._core
     worker._registered()
     arrays = worker.pull(timeout=timeout)
-    return arrays, Lineage(core.run, worker.mode, core.stats.clock)
+    run = core.welcome.run if core.welcome else 0
+    return arrays, Lineage(run, worker.mode, core.stats.clock)

@@ -25,7 +25,9 @@ from ..protocol.tasking import (
     Answers,
     Asked,
     Busy,
+    Chunk,
     Counted,
+    Fetch,
     Governed,
     Heard,
     Published,
@@ -252,6 +254,13 @@ class Submitter:
         if message.client == self.incarnation:
             self._reply(message.request, message)
 
+    def _fetched(self, message: Chunk) -> None:
+        """Of weights, which are asked for by what they are."""
+        for request, asking in list(self._asking.items()):
+            asked = asking.message
+            if isinstance(asked, Fetch) and (asked.weights, asked.offset) == (message.weights, message.offset):
+                self._reply(request, message)
+
     def _told(self, message: Answer) -> None:
         self._reply(message.request, message)
 
@@ -363,6 +372,7 @@ _ACTS: dict[type[Any], Callable[[Submitter, Any], None]] = {
     Published: Submitter._answered,
     Governed: Submitter._answered,
     Recollected: Submitter._answered,
+    Chunk: Submitter._fetched,
     Answer: Submitter._told,
     Refused: Submitter._refused,
 }

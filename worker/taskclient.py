@@ -25,8 +25,10 @@ from ..protocol.messages import Message
 from ..protocol.records import Place
 from ..protocol.tasking import (
     Asked,
+    Chunk,
     Counted,
     Feedback,
+    Fetch,
     Govern,
     Governed,
     Publish,
@@ -226,8 +228,9 @@ class Client:
             if not found.tasks:
                 return
             for buffer in found.buffers:
-                inputs, truth = unpack(buffer)
-                yield Example(found.last, inputs, truth)
+                view = memoryview(buffer)
+                end = 4 + int.from_bytes(view[:4], "little")
+                yield Example(found.last, unpack(view[4:end]), unpack(view[end:]))
             after = found.last
 
     # --- versions
@@ -298,6 +301,41 @@ class Client:
             lambda client, request: Upload(client, request, digest, len(weights), at, (piece,)), timeout
         )
         return done.upto
+
+    def download(self, name: str, version: int | None = None, timeout: float | None = None) -> tuple[Card, bytes]:
+        """A version's card, and its safetensors file; without a number the promoted one's.
+
+        Raises:
+            ConfigError: there is none, or what came is not what its card says.
+        """
+        found = self.model(name, timeout)
+        number = found["promoted"] if version is None else version
+        told = next((each for each in found["versions"] if each["version"] == number), None)
+        if told is None:
+            hint = "shoal models promote" if version is None else "shoal models show"
+            raise ConfigError(
+                f"no version of {name!r} is promoted"
+                if version is None
+                else f"there is no version {version} of {name!r}",
+                hint=hint,
+            )
+        card = Card.unpack(told["packed"].encode())
+        data = bytearray()
+        while len(data) < card.size:
+            at = len(data)
+            chunk: Chunk = self._ask(lambda client, _, at=at: Fetch(client, card.weights, at), timeout)  # type: ignore[misc]
+            data += chunk.buffers[0]
+            if len(data) == at:
+                break
+        if hashlib.sha256(data).hexdigest() != card.weights:
+            raise ConfigError(f"what came of {card} is not what was published")
+        return card, bytes(data)
+
+    def load(self, name: str, version: int | None = None, timeout: float | None = None) -> dict[str, torch.Tensor]:
+        """A version's tensors; without a number the promoted one's. Raises as `download`."""
+        from safetensors.torch import load
+
+        return load(self.download(name, version, timeout)[1])
 
     def promote(
         self, name: str, version: int, *, canary: float = 0.0, why: str = "", timeout: float | None = None
