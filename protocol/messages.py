@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
 from .asking import Answer, Echo, Echoed, Inquire, Switch, Switched
+from .cuts import CutMessage
 from .records import Member as Member
 from .records import Members, Phases, Places
 from .records import Phase as Phase
@@ -535,4 +536,5 @@ Message: TypeAlias = (
     | RoundMessage
     | Enlist
     | Progress
+    | CutMessage
 )
