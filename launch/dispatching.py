@@ -1,4 +1,4 @@
-"""The dispatcher's process: started beside the coordinator, and again when it dies (SPEC §15).
+"""The dispatcher's process: started beside the coordinator, and again when it dies (SPEC §16).
 
 Rules
 - A cluster trains without it: what keeps it from starting is logged, and told to whoever wants tasks done.

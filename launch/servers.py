@@ -217,7 +217,7 @@ class Servers:
     def _dispatcher_config(self, up: dict[str, Any]) -> dict[str, Any]:
         s = self._settings
         base = keys.state_dir(s["state_dir"])
-        settings = {"policy": s["task_policy"], "most_tasks": s["task_queue"]}
+        settings = {"policy": s["task_policy"], "most_tasks": s["task_queue"], "patience": s["task_patience"]}
         files = {"models": str(base / FOLDER), "book": str(base / "tasks.sqlite")}
         return self._config("dispatcher", 0, coordinator=up, settings=settings, **files)
 

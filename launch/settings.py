@@ -236,6 +236,9 @@ TASKS = (
         "Which version does a task: the best, the cheapest that is good enough, the best by draws, or several tasks at once.",
         "best|cheapest|thompson|assign",
     ),
+    Setting(
+        "task_patience", seconds, 10.0, "A task that nobody can do waits for so long for somebody who can.", "TIME"
+    ),
     Setting("task_queue", whole(1, 10_000_000), 100_000, "Tasks that may wait; more are refused for a while.", "N"),
 )
 """Of the dispatcher."""

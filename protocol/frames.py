@@ -16,6 +16,7 @@ from typing import Any, get_args
 import msgpack
 
 from .asking import Answer, Echo, Echoed
+from .cuts import Piece
 from .errors import ProtocolError
 from .messages import Fill, Message, Model, Push, Refused, Register, Share, Values
 from .records import Member, Phase, Place
@@ -30,7 +31,7 @@ MAX_BUFFER = 16 * 1024 * 1024 + 64 * 1024
 MAX_BUFFERS = 1026
 
 _ONE_BUFFER = (Register, Model, Share, Answer, Echo, Echoed, *ONE_BUFFER, *OF_TASKS)
-_A_BUFFER_A_BLOCK = (Fill, Values, Push)
+_A_BUFFER_A_BLOCK = (Fill, Values, Push, Piece)
 
 
 def _getter(kind: type[Any]) -> Any:

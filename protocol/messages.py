@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
 from .asking import Answer, Echo, Echoed, Inquire, Switch, Switched
+from .cuts import CutMessage
 from .records import Member as Member
 from .records import Members, Phases, Places
 from .records import Phase as Phase
@@ -537,4 +538,5 @@ Message: TypeAlias = (
     | Enlist
     | Progress
     | TaskMessage
+    | CutMessage
 )

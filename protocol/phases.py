@@ -32,6 +32,16 @@ def opens(phases: Phases, clock: int) -> int:
     return phase.clock if phase is not before and before.mode == "sync" else 0
 
 
+def closed(phases: Phases, step: int) -> int:
+    """Below which clock steps that are averaged are in the weights of a shard whose open step is `step`; 0 if none are."""
+    averaged = [n for n, phase in enumerate(phases) if phase.mode == "sync"]
+    if not averaged:
+        return 0
+    last = averaged[-1] + 1
+    step = max(step, phases[averaged[0]].clock)
+    return min(step, phases[last].clock) if last < len(phases) else step
+
+
 def needed(phases: Phases, clock: int) -> float:
     """The least clock of all at which a pull at `clock` may be answered: the staleness rule (SPEC §6.2)."""
     phase = at(phases, clock)

@@ -1,4 +1,4 @@
-"""What is said about tasks and versions of models (SPEC §15): one frozen dataclass a message. `TaskMessage` is their union.
+"""What is said about tasks and versions of models (SPEC §16): one frozen dataclass a message. `TaskMessage` is their union.
 
 Rules
 - As in `messages`: field order is wire order, and `buffers` holds the raw frames beside the header.

@@ -173,8 +173,8 @@ class Accumulator:
         self._sum: _Sum | None = None
         self._last = (0, NOTHING)
         """The last session that ended here, or is about to, and how."""
-        self.rounds = 0
-        """How many it has applied."""
+        self.rounds = self.applied = 0
+        """How many it has applied, and the number of the last, counted from 1."""
         self._over: deque[int] = deque(maxlen=REMEMBERED)
         """Sessions that are over: what comes late does not begin them again."""
         self._work: Iterator[None] | None = None
@@ -189,6 +189,11 @@ class Accumulator:
     def wake_at(self) -> float:
         """When the next `Tick` is wanted."""
         return self._now if self._work is not None else self._repeats.wake_at
+
+    @property
+    def ready(self) -> bool:
+        """Does an average wait for leave to be applied?"""
+        return self._last[1] == READY
 
     @property
     def holds(self) -> int:
@@ -306,7 +311,7 @@ class Accumulator:
             self._out.append(Apply(held.plan.run, held.plan.round, held.result, held.rule))
             self._drop()
             self._last = message.session, APPLIED
-            self.rounds += 1
+            self.rounds, self.applied = self.rounds + 1, held.plan.round + 1
         elif held is not None:
             return self._misplaced()  # it is not ready: the coordinator cannot have said this
         self._note(message)

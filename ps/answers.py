@@ -22,7 +22,7 @@ def in_buffers(pull: Pull, shard: int, store: Store, min_clock: int, counters: C
     Args:
         shard: its incarnation.
     """
-    parts = deque(_parts(store, store.changed_since(pull.since, pull.blocks)))
+    parts = deque(parts_of(store, store.changed_since(pull.since, pull.blocks)))
     shots = {block: store.shot(block, pull.codec) for blocks in parts for block in blocks}
     head, version = (pull.incarnation, shard, pull.request), store.version
 
@@ -37,8 +37,8 @@ def in_buffers(pull: Pull, shard: int, store: Store, min_clock: int, counters: C
     return made()
 
 
-def _parts(store: Store, blocks: list[int]) -> Iterator[tuple[int, ...]]:
-    """At least one, be it empty."""
+def parts_of(store: Store, blocks: list[int]) -> Iterator[tuple[int, ...]]:
+    """Blocks in runs that fit one message: at least one, be it empty."""
     part: list[int] = []
     size = 0
     for block in blocks:

@@ -1,4 +1,4 @@
-"""Where the dispatcher is, as the coordinator remembers it (SPEC §15.2)."""
+"""Where the dispatcher is, as the coordinator remembers it (SPEC §16.2)."""
 
 from __future__ import annotations
 

@@ -31,7 +31,6 @@ from ..protocol.frames import payload_bytes
 from ..protocol.layout import lay_out
 from ..protocol.messages import (
     Ack,
-    Alive,
     Enter,
     Evicted,
     Fill,
@@ -59,10 +58,11 @@ from ..protocol.phases import Phases, at, needed, opens
 from .accumulator import KINDS, Accumulator, Apply
 from .answers import in_buffers
 from .clocks import Clocks
+from .cuts import FROM_WORKERS, Cuts
 from .early import Early
 from .inbox import Inbox, Verdict
 from .roster import Roster
-from .shard_status import answer, report
+from .shard_status import alive, answer, report
 from .shared import SharedMemory
 from .store import Misfit
 from .weights import Weights
@@ -95,7 +95,7 @@ class Shard:
         self._shards = 0
         self._welcomed = False
         self._view: View | None = None
-        self._roster = Roster()
+        self.roster = Roster()
         self.weights: Weights | None = None
         self.clocks = Clocks()
         self._entered: set[int] = set()
@@ -104,15 +104,16 @@ class Shard:
         """Those of the first view who may run on elsewhere and have not said so here yet."""
         self.opened = False
         """Has the first clock begun?"""
-        self._open_step = 0
-        self._phases: Phases = ()
+        self.open_step = 0
+        self.phases: Phases = ()
         self.held_at: int | None = None
         """From this clock on no step is applied, while the next phase is agreed on (SPEC §6.5)."""
         self._inboxes: dict[int, Inbox] = {}
-        self._routes: dict[int, Peer] = {}
+        self.routes: dict[int, Peer] = {}
         self._pulls: dict[int, dict[int, Pull]] = {}
         self._shared = SharedMemory()
         self._early = Early()
+        self.cuts = Cuts(self)
         self._out: list[Effect] = []
 
     def handle(self, event: Received | Unreadable | Tick | Linked | Attached, now: float) -> list[Effect]:
@@ -136,9 +137,11 @@ class Shard:
             case Attached():
                 known = event.offer.incarnation in self._inboxes
                 self._out.append(self._shared.attached(event, self.incarnation, known))
-            case Tick():
-                if self.accumulator is not None:
-                    self._sum(event)
+            case Tick() if self.accumulator is not None:
+                self._sum(event)
+        if self.cuts.due(now):
+            self._out += self.cuts.turn(now)
+            self._settle()
         if now >= self._wake_at:
             self._wake_at = now + (REPORT_EVERY if self._welcomed else RETRY)
             self._report() if self._welcomed else self._join()
@@ -146,13 +149,13 @@ class Shard:
 
     @property
     def wake_at(self) -> float:
-        return min(self._wake_at, self.accumulator.wake_at) if self.accumulator else self._wake_at
+        return min(self._wake_at, self.cuts.wake_at, *(each.wake_at for each in (self.accumulator,) if each))
 
     # --- the coordinator's side
 
     def _join(self) -> None:
         digest = self.weights.layout.digest if self.weights else ""
-        who, decided = (self.incarnation, *self._place), self._phases if self.filled else ()
+        who, decided = (self.incarnation, *self._place), self.phases if self.filled else ()
         self._send(COORDINATOR, ShardJoin(*who, self.index, self._shards, digest, decided))
 
     def _welcome(self, _: Peer, message: ShardWelcome) -> None:
@@ -162,6 +165,7 @@ class Shard:
             self.run, self.epoch = message.run, 0
         if message.index != self.index:
             self.weights = self.accumulator = None
+            self.cuts.forget(kept=True)
         self.index, self._welcomed = message.index, True
         self._report()
 
@@ -185,6 +189,7 @@ class Shard:
             return
         self.weights, self._shards = Weights(layout, self.index), layout.shards
         self.accumulator = Accumulator(self.incarnation, self.weights.elements, self.weights.digest)
+        self.cuts.forget(kept=True)
         self._settle()
         self._report()
 
@@ -197,16 +202,16 @@ class Shard:
             return self._report()
         first, before = self._view is None, self._view
         self._view, self.epoch = view, view.epoch
-        if not self._phases or view.phases[-1].clock > self._phases[-1].clock or not self.filled:
-            self._phases = view.phases  # else a restarted coordinator hears of ours when we join it
+        if not self.phases or view.phases[-1].clock > self.phases[-1].clock or not self.filled:
+            self.phases = view.phases  # else a restarted coordinator hears of ours when we join it
         if view.held != (self.held_at is not None):
             self.held_at = self.clocks.highest if view.held else None
-        self._roster.update(view.members)
-        for gone in [known for known in {*self._inboxes, *dict(self.clocks.items())} if known not in self._roster]:
+        self.roster.update(view.members)
+        for gone in [known for known in {*self._inboxes, *dict(self.clocks.items())} if known not in self.roster]:
             self._drop(gone)
         if first:  # a restarted shard: some may be counted in elsewhere, nobody knows at which clock (SPEC §6.1.5)
             self._unheard = {member.incarnation for member in view.members if member.registered}
-        self._unheard.intersection_update(self._roster)
+        self._unheard.intersection_update(self.roster)
         if self.weights and not self.filled and (before is None or before.filler != view.filler):
             self.weights.restart_filling()
         self._open()
@@ -225,9 +230,10 @@ class Shard:
             self._report()
 
     def _drop(self, incarnation: int) -> None:
-        for held in (self._inboxes, self._pulls, self._routes):
+        for held in (self._inboxes, self._pulls, self.routes):
             held.pop(incarnation, None)
         self._shared.drop(incarnation)
+        self.cuts.drop(incarnation)
         if self.weights:
             self.weights.leave(incarnation)
         self._entered.discard(incarnation)
@@ -241,24 +247,24 @@ class Shard:
 
     def _hello(self, peer: Peer, message: Hello) -> None:
         newer = message.run != self.run or message.epoch > self.epoch  # epochs of two runs say nothing of each other
-        if newer and message.incarnation not in self._roster:
+        if newer and message.incarnation not in self.roster:
             return self._early.wait(peer, message)
         self._greet(peer, message.incarnation)
 
     def _greet(self, peer: Peer, incarnation: int) -> None:
-        if incarnation not in self._roster:
+        if incarnation not in self.roster:
             return self._send(peer, Evicted(incarnation))
         self._inboxes.setdefault(incarnation, Inbox())
-        self._routes.setdefault(incarnation, peer)
+        self.routes.setdefault(incarnation, peer)
         self._send(peer, Greeting(incarnation, self.incarnation, max(self.index, 0)))
 
     def _known(self, peer: Peer, incarnation: int, shard: int) -> Inbox | None:
         """The worker's inbox; if it has none here, it is told why (SPEC §3.2)."""
         inbox = self._inboxes.get(incarnation)
         if inbox is not None and shard == self.incarnation:
-            self._routes[incarnation] = peer
+            self.routes[incarnation] = peer
             return inbox
-        if self._view is not None and incarnation not in self._roster:
+        if self._view is not None and incarnation not in self.roster:
             self.counters["evicted"] += 1
             self._send(peer, Evicted(incarnation))
         else:
@@ -288,7 +294,7 @@ class Shard:
     def _ack(self, incarnation: int, gap: bool = False) -> None:
         inbox = self._inboxes[incarnation]
         self._send(
-            self._routes[incarnation],
+            self.routes[incarnation],
             Ack(incarnation, self.incarnation, inbox.applied, gap, self.clocks.min, tuple(inbox.refusals)),
         )
 
@@ -309,6 +315,7 @@ class Shard:
             if refusal:
                 self.counters[f"refused.{refusal[0]}"] += 1
             inbox.applied_head(refusal)
+            self.cuts.applied(operation, isinstance(operation, Push) and not self._keeps(operation))
         return inbox.applied > before
 
     def _must_wait(self, operation: Operation) -> bool:
@@ -317,16 +324,16 @@ class Shard:
             case Fill():
                 return self.weights is None or operation.epoch > self.epoch
             case Push(incarnation, clock=clock):
-                if self.held_at is not None and clock >= self.held_at:
+                if (self.held_at is not None and clock >= self.held_at) or self.cuts.must_wait(operation):
                     return True
-                first = clock if self._sync(clock) else opens(self._phases, clock)
-                return incarnation in self.clocks and self._open_step < first
+                first = clock if self._sync(clock) else opens(self.phases, clock)
+                return incarnation in self.clocks and self.open_step < first
             case _:
                 return False
 
     def _sync(self, clock: int) -> bool:
         """Are steps of this clock averaged?"""
-        return bool(self._phases) and at(self._phases, clock).mode == "sync"
+        return bool(self.phases) and at(self.phases, clock).mode == "sync"
 
     def _apply(self, operation: Operation) -> None:
         match operation:
@@ -378,7 +385,7 @@ class Shard:
         finally:  # a refused gradient must not hold the worker's clock, and with it everybody
             if push.advance and clock == push.clock:
                 if self.weights is not None and self._sync(push.clock):
-                    self.weights.contribute(push, self._roster.rank(push.incarnation))
+                    self.weights.contribute(push, self.roster.rank(push.incarnation))
                 elif self.weights is not None:
                     self.weights.drop(push.incarnation)
                 self.clocks.reach(push.incarnation, push.clock + 1)
@@ -406,9 +413,15 @@ class Shard:
         assert self.accumulator is not None and self.weights is not None
         for effect in self.accumulator.handle(event, self._now):
             if isinstance(effect, Apply):
+                self.cuts.forget()
                 self.weights.federate(effect.update, effect.rule)
             else:
                 self._out.append(effect)
+
+    def _cut(self, peer: Peer, message: Any) -> None:
+        if self._known(peer, message.incarnation, message.shard) is not None:
+            self.cuts.received(peer, message, self._now)
+            self._settle()  # what it waits for may be here
 
     # --- pulls (SPEC §6.2, §6.4)
 
@@ -416,8 +429,8 @@ class Shard:
         """The least clock, the members or the filling have changed: do what that allows."""
         moved = True
         while moved:
-            if self._open_step < self.clocks.min:
-                averaged, self._open_step = self._sync(self._open_step), self.clocks.min
+            if self.open_step < self.clocks.min:
+                averaged, self.open_step = self._sync(self.open_step), self.clocks.min
                 if averaged and self.weights is not None:
                     self._close_step(self.weights)
             moved = False
@@ -463,11 +476,11 @@ class Shard:
         if self.held_at is not None and clock > self.held_at:
             return False  # it has heard of a phase that is not known here
         bound = needed if incarnation in self.clocks or self._sync(clock) else opens
-        return self.clocks.min >= bound(self._phases, clock)
+        return self.clocks.min >= bound(self.phases, clock)
 
     def _values(self, pull: Pull) -> None:
         assert self.weights is not None
-        store, peer = self.weights.store, self._routes[pull.incarnation]
+        store, peer = self.weights.store, self.routes[pull.incarnation]
         if any(block not in store for block in pull.blocks):
             self.counters["rejected.malformed"] += 1
             return self._send(peer, Refused(pull.request, "shape", "a block that is not on this shard"))
@@ -490,14 +503,9 @@ class Shard:
 
     def _probe(self, peer: Peer, message: Probe) -> None:
         inbox = self._known(peer, message.incarnation, message.shard)
-        if inbox is None:
-            return
-        slowest = self.clocks.slowest()
-        name, clock = (self._roster.name(slowest), self.clocks.get(slowest) or 0) if slowest is not None else ("", 0)
-        self._ack(message.incarnation)
-        parked = tuple(self._pulls.get(message.incarnation, ()))
-        life = (message.incarnation, self.incarnation, inbox.received, self.clocks.min)
-        self._send(peer, Alive(*life, name, clock, self.filled, parked))
+        if inbox is not None:
+            self._ack(message.incarnation)
+            self._send(peer, alive(self, message.incarnation, inbox.received, self._pulls.get(message.incarnation, ())))
 
     # --- status
 
@@ -518,9 +526,9 @@ class Shard:
 
     def check(self) -> None:
         """The invariants; tests call it after every event."""
-        assert set(self._pulls) <= set(self._inboxes) <= set(self._routes)
+        assert set(self._pulls) <= set(self._inboxes) <= set(self.routes)
         assert all(clock >= self.clocks.min for _, clock in self.clocks.items())
-        assert {known for known, _ in self.clocks.items()} <= set(self._roster)
+        assert {known for known, _ in self.clocks.items()} <= set(self.roster)
         if self.filled and self.opened:
             for incarnation, parked in self._pulls.items():
                 for pull in parked.values():
@@ -541,6 +549,7 @@ _FROM_WORKERS: dict[type[Message], _Act] = {
     Probe: Shard._probe,
     Share: Shard._share,
     Unshare: Shard._unshare,
+    **dict.fromkeys(FROM_WORKERS, Shard._cut),
     Inquire: Shard._inquire,
     Echo: Shard._echo,
     Refused: Shard._ignore,

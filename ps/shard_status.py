@@ -1,12 +1,13 @@
-"""What a shard says of itself: its report to the coordinator, and its answer to whoever inquires (SPEC §3.2, §10.4)."""
+"""What a shard says of itself: its report, its answers to workers that wait and to whoever inquires (SPEC §3.2, §6.4)."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..protocol.messages import Report
+from ..protocol.messages import Alive, Report
 
 if TYPE_CHECKING:
     from .shard import Shard
@@ -28,6 +29,13 @@ def report(shard: Shard) -> Report:
         clocks.items(),
         tuple((name, float(value)) for name, value in sorted(counters(shard).items())),
     )
+
+
+def alive(shard: Shard, worker: int, received: int, parked: Iterable[int]) -> Alive:
+    """For a worker that waits: how far its stream was received, which of its pulls are parked, and whom they wait for."""
+    clocks, slowest = shard.clocks, shard.clocks.slowest()
+    name, clock = (shard.roster.name(slowest), clocks.get(slowest) or 0) if slowest is not None else ("", 0)
+    return Alive(worker, shard.incarnation, received, clocks.min, name, clock, shard.filled, tuple(parked))
 
 
 def counters(shard: Shard) -> Counter[str]:

@@ -51,6 +51,11 @@ class Shot:
         self._of = store, block, codec
         self._copy: Buffer = b""
 
+    @property
+    def nbytes(self) -> int:
+        """Of the copy, if there is one."""
+        return len(self._copy)
+
     def values(self) -> Buffer:
         """They, as bytes that nobody will change."""
         if not self._copy:

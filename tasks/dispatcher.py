@@ -1,4 +1,4 @@
-"""The dispatcher's core: tasks come in, go to executors, and are answered; versions of models come in and go out (SPEC §15).
+"""The dispatcher's core: tasks come in, go to executors, and are answered; versions of models come in and go out (SPEC §16).
 
 Rules
 - `handle` is the only method that changes anything; it never waits, never reads a clock. A peer's mistake is counted and refused.
@@ -58,8 +58,6 @@ from .routes import Planner
 from .waiting import Deadlines, Item, Waiting
 
 RETRY = 1.0
-PATIENCE = 2.0
-"""Seconds that a task waits for somebody who could do it to come."""
 MOST_TRIES = 5
 MOST_CLIENTS = 65_536
 MOST_TIMES = 8
@@ -73,6 +71,7 @@ class Settings:
     Attributes:
         policy: as `allot`'s, or `assign`. most_tasks, most_bytes: that may wait. linger: seconds of work in a batch.
         window: rewards that count in what is believed of a version.
+        patience: seconds that a task waits for somebody to come who could do it; after a restart they begin anew.
     """
 
     policy: str = BEST
@@ -80,6 +79,7 @@ class Settings:
     most_bytes: int = 1 << 30
     linger: float = 0.005
     window: int = 500
+    patience: float = 10.0
 
 
 @dataclass(slots=True)
@@ -136,6 +136,7 @@ class Dispatcher:
         self._dirty = True
         self._retry_at = 0.0
         self._patient_until = 0.0
+        self._began = inf
         self._out: list[Effect] = []
         self._restore()
 
@@ -156,6 +157,7 @@ class Dispatcher:
 
     def handle(self, event: Received | Unreadable | Tick | Linked, now: float) -> list[Effect]:
         self._out, self.now = [], now
+        self._began = min(self._began, now)
         match event:
             case Received(peer, message):
                 act = _ACTS.get(type(message))
@@ -380,7 +382,7 @@ class Dispatcher:
         for batch in plans.batches:
             self._work(batch.seat, batch.identity, batch.items)
         for item, why in plans.unmet:
-            waits_until = item.came + PATIENCE
+            waits_until = max(item.came, self._began) + self.settings.patience
             if (why and not plans.unsettled) or self.now >= waits_until:
                 text = "no model qualifies: " + ("; ".join(why) if why else "nobody serves any")
                 self._fail(item, "unmet", text)

@@ -1,4 +1,4 @@
-"""Versions that come in, go out, and are promoted, as requests of a dispatcher's (SPEC §15.5).
+"""Versions that come in, go out, and are promoted, as requests of a dispatcher's (SPEC §16.5).
 
 Rules
 - A request that is repeated has the outcome that it had; the last so many are remembered, over restarts as well.

@@ -1,4 +1,4 @@
-"""What a task's inputs and outputs travel as (SPEC §15.3): plain data and arrays, and nothing that runs.
+"""What a task's inputs and outputs travel as (SPEC §16.3): plain data and arrays, and nothing that runs.
 
 Rules
 - A numpy array stays one, a torch tensor stays one where torch is loaded. What is read of an array is a view of the buffer.

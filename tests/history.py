@@ -63,6 +63,17 @@ class PullDone:
 
 
 @dataclass
+class CutDone:
+    """A consistent cut: `values` by shard; by worker's incarnation, below which clock its steps should be in it."""
+
+    asked_at: float
+    done_at: float
+    values: dict[int, list[float]]
+    clocks: dict[int, int]
+    closed: int
+
+
+@dataclass
 class History:
     """Everything that checkers look at."""
 
@@ -76,6 +87,7 @@ class History:
     pulls: list[PullDone] = field(default_factory=list)
     waits: list[tuple[str, float, float]] = field(default_factory=list)
     """(worker, asked at, answered at) of every pull."""
+    cuts: list[CutDone] = field(default_factory=list)
     refilled: dict[int, list[tuple[float, set[int]]]] = field(default_factory=lambda: defaultdict(list))
     """When a later life of a shard was filled, by index, and with which elements: what else the earlier one held is lost."""
 
@@ -149,6 +161,28 @@ def _lacking(history: History, update: Update, pull: PullDone) -> bool:
         values[update.element] == 0 and not history.may_lack(update, shard, pull.answered_at)
         for shard, values in pull.values.items()
     )
+
+
+def check_cuts(history: History) -> None:
+    """Guarantee 8: a cut has, at every shard, of every live worker exactly the steps below one clock; and all that was acknowledged
+    before it was asked for."""
+    for cut in history.cuts:
+        for update in history.updates.values():
+            life = history.lives.get(update.incarnation)
+            live = life is not None and life.started_at < cut.done_at < life.ended_at
+            averaged = history.mode(update.clock) == "sync"
+            below = cut.closed if averaged else cut.clocks.get(update.incarnation, 0)
+            wanted, old = update.clock < below, update.acked_at < cut.asked_at and not averaged
+            for shard, values in cut.values.items():
+                there, lost = values[update.element] != 0, history.may_lack(update, shard, cut.done_at)
+                if there and not wanted and (live or averaged):
+                    raise Violation(
+                        f"a cut at {cut.done_at:.3f} has step {update.clock} of a worker, and ends below {below}"
+                    )
+                if live and not there and not lost and (wanted or old):
+                    raise Violation(
+                        f"a cut at {cut.done_at:.3f} lacks step {update.clock} of a worker, and ends below {below}"
+                    )
 
 
 def check_once(history: History, final: dict[int, list[float]]) -> None:

@@ -9,7 +9,7 @@ from math import inf
 from typing import Any
 
 import numpy as np
-from history import History, Life, PullDone, Update, Violation
+from history import CutDone, History, Life, PullDone, Update, Violation
 from simnet import Faults, Node, Sim
 
 from shoal.protocol.codecs import BF16, FP16, RAW, Codec
@@ -169,11 +169,31 @@ class App:
             self._lost(update, error)
 
         number = memory.number if memory else 0
-        early = self._early(parts, number)
+        if self.cluster.piecemeal and self.cluster.sim.random.random() < 0.3:  # gradients first, the step's end after
+            self._call(calls.PushCalled, lambda _: None, tuple(parts), False, update.examples, (), number, failed=lost)
+            parts, early = [], False
+        else:
+            early = self._early(parts, number)
         self._call(calls.PushCalled, acked, tuple(parts), True, update.examples, (), number, early, failed=lost)
         self._at = stop
         self._give(calls.DoneCalled(lease, stop - lease.start, stop == lease.stop))
         self._step()
+
+    def cut(self, patience: float) -> None:
+        """Read everything as it is at one boundary, beside all else; after so long nobody waits for it any more."""
+        sim = self.cluster.sim
+        layout, asked, values = self.core.layout, sim.now, dict[int, list[float]]()
+        if layout is None or self.finished or sim.nodes.get(self.name) is not self.node:
+            return
+
+        def sink(block: int, payload: Any) -> None:
+            values[layout.blocks[block].shard] = np.frombuffer(payload, np.float32).tolist()
+
+        def made(cut: calls.CutMade) -> None:
+            history.cuts.append(CutDone(asked, sim.now, values, dict(cut.clocks), cut.closed))
+
+        history, ticket = self.cluster.history, self._call(calls.CutCalled, made, sink, failed=lambda _: None)
+        sim.at(sim.now + patience, lambda: self._give(calls.Cancelled(ticket)) if ticket in self._then else None)
 
     def _early(self, parts: list[calls.Part], region: int) -> bool:
         """Now and then some of it leaves before; now and then that was something else, and must not count."""
@@ -253,7 +273,7 @@ class App:
 
     def _call(
         self, kind: Any, then: Callable[[Any], None], *args: Any, failed: Callable[[Exception], None] | None = None
-    ) -> None:
+    ) -> int:
         ticket = next(self._tickets)
 
         def again(error: Exception) -> None:
@@ -265,6 +285,7 @@ class App:
         self._then[ticket] = then
         self._then[-ticket] = failed or again
         self._give(kind(ticket, *args))
+        return ticket
 
     def _give(self, event: Any) -> None:
         # From within an effect the core is not in `handle` any more, but its effects are still being performed: wait for the queue.
@@ -318,6 +339,8 @@ class Cluster:
         )
         self.make_shard, self.make_coordinator, self.make_app = make_shard, make_coordinator, make_app
         self.apps: dict[str, App] = {}
+        self.piecemeal = False
+        """Are some steps pushed in several messages?"""
         self.to_come = 0
         """Workers that will be restarted."""
         self._attempts: dict[str, int] = {}

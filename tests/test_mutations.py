@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 import pytest
-from history import Violation, check_coverage, check_once, check_release, check_staleness
+from history import Violation, check_coverage, check_cuts, check_once, check_release, check_staleness
 from simapp import Cluster, Job
 from simnet import Faults
 from test_simulation import judge, play
@@ -125,6 +125,23 @@ class Unready(Shard):
         super()._push(push)
 
 
+class Restless(Shard):
+    """It goes on while a cut is made."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.cuts.must_wait = lambda push: False  # type: ignore[method-assign]
+
+
+class Halfway(Shard):
+    """It takes a step for whole of which only a part has come."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        applied = self.cuts.applied
+        self.cuts.applied = lambda operation, at_once: applied(operation, False)  # type: ignore[method-assign]
+
+
 class Presumptuous(Shard):
     """A restarted shard does not wait for those who may run on."""
 
@@ -157,6 +174,10 @@ def once(cluster: Cluster) -> None:
     check_once(cluster.history, cluster.final_values())
 
 
+def cuts(cluster: Cluster) -> None:
+    check_cuts(cluster.history)
+
+
 def coverage(cluster: Cluster) -> None:
     check_coverage(cluster.history, cluster.job.length, cluster.job.epochs)
 
@@ -164,6 +185,7 @@ def coverage(cluster: Cluster) -> None:
 CRASHES: dict[str, Any] = {"kinds": ("server",), "workers": 4, "min_workers": 1}
 """A server must crash at the wrong moment: such faults show in one schedule of twelve."""
 UNEVEN = Job(length=30, batch=4, size=4, epochs=2)
+CUTS: dict[str, Any] = {"cuts": 8, "mode": "async", "workers": 4, "shards": 3, "job": Job(80, 4, 4, 1)}
 FAULTS: dict[str, tuple[dict[str, Any], Callable[[Cluster], None], str]] = {
     "one too far": ({"make_shard": OneTooFar, "mode": "async", "staleness": 1.0}, staleness, r"lacks update|while w\d"),
     "one too far in sync": ({"make_shard": OneTooFar, "mode": "sync"}, staleness, r"lacks|while w\d"),
@@ -193,6 +215,8 @@ FAULTS: dict[str, tuple[dict[str, Any], Callable[[Cluster], None], str]] = {
         coverage,
         "completed by nobody",
     ),
+    "a cut of several moments": ({"make_shard": Restless} | CUTS, cuts, "a cut at .* has step"),
+    "a cut through a step": ({"make_shard": Halfway, "faults": Faults(delay=0.2)} | CUTS, cuts, "a cut at .* has step"),
     "data of the dead": ({"make_coordinator": Negligent}, coverage, "completed by nobody"),
 }
 

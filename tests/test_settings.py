@@ -42,6 +42,7 @@ def test_the_defaults() -> None:
     """What a newcomer gets; a change of these changes what the pages say."""
     cluster = {"mode": "async", "staleness": 3.0, "lease": 15.0, "min_workers": 1, "nonfinite": "error"}
     cluster |= {"block_bytes": BLOCK_BYTES, "state_dir": ""}
+    cluster |= {"task_policy": "best", "task_queue": 100_000, "task_patience": 10.0}
     cluster |= {
         "rounds": 0,
         "round_timeout": 60.0,

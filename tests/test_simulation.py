@@ -7,7 +7,7 @@ import random
 from math import inf
 
 import pytest
-from history import check_coverage, check_once, check_release, check_staleness
+from history import check_coverage, check_cuts, check_once, check_release, check_staleness
 from simapp import ELEMENTS, Cluster, Job, story
 from simnet import Faults
 
@@ -20,7 +20,7 @@ SCHEDULES = int(os.environ.get("SHOAL_SCHEDULES", "1000"))
 KINDS = ("crash", "crash and restart", "stop", "cut", "join", "server")
 
 
-def play(seed: int, kinds: tuple[str, ...] = KINDS, **overrides: object) -> Cluster:
+def play(seed: int, kinds: tuple[str, ...] = KINDS, cuts: int = 0, **overrides: object) -> Cluster:
     """One random schedule: shape, faults and blows of these kinds all come from the seed."""
     dice = random.Random(seed)
     mode = dice.choice(("async", "async", "sync"))
@@ -55,8 +55,20 @@ def play(seed: int, kinds: tuple[str, ...] = KINDS, **overrides: object) -> Clus
     for _ in range(switches.choice((0, 0, 1, 2)) if not overrides else 0):
         to = switches.choice(("async", "sync")), switches.choice((0.0, 1.0, 3.0, inf))
         sim.at(switches.uniform(0.2, 5.0), lambda to=to: cluster.switch(*to))
+    cutting = random.Random(seed + 4)
+    for _ in range(cuts or (0 if overrides else cutting.choice((0, 1, 2, 4)))):
+        cluster.piecemeal = True
+        when, patience = cutting.uniform(0.2, 6.0), cutting.choice((0.5, 5.0, 60.0))
+        sim.at(when, lambda patience=patience: cut(cluster, cutting, patience))
     sim.at(30.0, lambda: setattr(sim, "quiet", True))
     return cluster
+
+
+def cut(cluster: Cluster, dice: random.Random, patience: float) -> None:
+    """One worker, or two at once, want everything as it is at one boundary."""
+    apps = list(cluster.apps.values())
+    for app in dice.sample(apps, min(len(apps), dice.choice((1, 1, 2)))):
+        app.cut(patience)
 
 
 def blow(cluster: Cluster, kind: str, name: str, number: int, dice: random.Random) -> None:
@@ -106,6 +118,7 @@ def judge(cluster: Cluster) -> None:
     if not cluster.forgotten:
         check_staleness(cluster.history)
         check_once(cluster.history, cluster.final_values())
+        check_cuts(cluster.history)
     check_coverage(cluster.history, job.length, job.epochs)
 
 

@@ -36,7 +36,7 @@ def schedule(seed: int, folder: Path) -> Counter[str]:
         reset=dice.choice((0.0, 0.0, 0.02)),
     )
     policy = dice.choice(("best", "cheapest", "thompson", "assign"))
-    settings = Settings(policy, most_tasks=dice.choice((5, 1000)), linger=dice.choice((0.002, 0.02)))
+    settings = Settings(policy, dice.choice((5, 1000)), linger=dice.choice((0.002, 0.02)), patience=2.0)
     net = TaskNet(seed, folder, faults, settings, dice.choice((0.01, 0.3)), dice.choice((0.0, 0.0, 0.3)))
     try:
         return play(net, dice)

@@ -1,4 +1,4 @@
-"""Values of tasks: what goes in comes out, and bytes that nobody wrote do no harm (SPEC §15.3)."""
+"""Values of tasks: what goes in comes out, and bytes that nobody wrote do no harm (SPEC §16.3)."""
 
 from __future__ import annotations
 

@@ -129,6 +129,50 @@ class Pulled:
 
 
 @dataclass(frozen=True, slots=True)
+class CutCalled:
+    """Read all blocks as they are at one boundary of versions (SPEC §15). Resolved with a `CutMade`.
+
+    Args:
+        sink: takes each block; what an attempt that failed has given is given again.
+        maker, number: of a cut that another worker has made; 0: make one.
+        keep: others will read it: the shards keep it until it is released.
+    """
+
+    ticket: int
+    sink: Callable[[int, Buffer], None]
+    maker: int = 0
+    number: int = 0
+    keep: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CutReleased:
+    """Nobody wants this cut any more."""
+
+    maker: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class CutMade:
+    """An answer. Of one that another has made, only `maker` and `number` are known.
+
+    Args:
+        clocks: by worker's incarnation, below which its steps are in it. closed: below which averaged steps are.
+        clock: the least of those counted in. round: federated rounds that are in it.
+        versions: by shard, its incarnation and version.
+    """
+
+    maker: int
+    number: int
+    clocks: Mapping[int, int]
+    closed: int
+    clock: int
+    round: int
+    versions: Mapping[int, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class PauseCalled:
     """Leave the clocks until `ResumeCalled`: this worker has no data for now and must hold nobody up."""
 
@@ -286,6 +330,8 @@ Call: TypeAlias = (
     | EarlyCalled
     | PushCalled
     | PullCalled
+    | CutCalled
+    | CutReleased
     | PauseCalled
     | ResumeCalled
     | DeclareCalled

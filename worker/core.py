@@ -430,9 +430,9 @@ class Core:
         self._watch_coordinator()
         asking = bool(self.phase is Phase.JOINING or len(self._desk) or self._done or self._openers)
         self._settled = not asking and self.phase is Phase.JOINED and self.fleet.settled
-        pending = asking or self.fleet.busy
+        soonest = now + RETRY / 2 if asking or self.fleet.busy else inf
         renew_at = self._renew_at if self.phase is Phase.JOINED else inf
-        self.wake_at = min(renew_at, now + RETRY / 2 if pending else inf, self.federation.wake_at)
+        self.wake_at = min(renew_at, soonest, self.fleet.cutter.wake_at, self.federation.wake_at)
 
     def _want_registration(self) -> None:
         if self._description and not self.fleet.registered and not self._registering:
@@ -553,6 +553,7 @@ _CALLS: dict[type[Call], Callable[[Core, Any], None]] = {
     calls.EarlyCalled: Core._early,
     calls.PushCalled: Core._push,
     calls.PullCalled: Core._pull,
+    **dict.fromkeys((calls.CutCalled, calls.CutReleased), lambda core, call: core.fleet.cutter.called(call)),
     calls.PauseCalled: Core._pause,
     calls.ResumeCalled: Core._resume,
     calls.DeclareCalled: Core._declare,

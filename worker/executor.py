@@ -1,4 +1,4 @@
-"""An executor's core: it holds the versions that it is told to, and hands work to whoever runs it (SPEC §15).
+"""An executor's core: it holds the versions that it is told to, and hands work to whoever runs it (SPEC §16).
 
 Rules
 - `handle` is the only method that changes anything; no socket, no clock, no model: what a version is of is the caller's to know.

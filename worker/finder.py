@@ -1,4 +1,4 @@
-"""How clients and executors find the dispatcher: they ask the coordinator, and ask again when the connection breaks (SPEC §15.2).
+"""How clients and executors find the dispatcher: they ask the coordinator, and ask again when the connection breaks (SPEC §16.2).
 
 Rules
 - Part of a core: it takes events and says effects, and has no clock.

@@ -14,6 +14,7 @@ from itertools import zip_longest
 from math import inf
 
 from ..protocol.codecs import RAW, size
+from ..protocol.cuts import Frozen, NoCut, Piece, Settled
 from ..protocol.errors import ProtocolError, ServerLost, ShapeError
 from ..protocol.layout import Layout
 from ..protocol.messages import (
@@ -35,6 +36,7 @@ from ..protocol.messages import (
 from ..protocol.records import Place
 from ..protocol.schema import Buffer
 from .calls import EarlyCalled, Part, PullCalled, Pulled, PushCalled
+from .cutter import Cutter
 from .failures import lost_error, refusal
 from .link import Link, Read
 from .offers import Offers
@@ -94,6 +96,7 @@ class Fleet:
         self._pulls: dict[int, _Pulling] = {}
         self._pushes: dict[int, _Pushing] = {}
         self.offers = Offers(out)
+        self.cutter = Cutter(out, self)
 
     # --- lives of the worker and of shards
 
@@ -107,6 +110,7 @@ class Fleet:
         for pulling in self._pulls.values():
             pulling.open.clear()
         self._incarnation, self._epoch = incarnation, None
+        self.cutter.begin(incarnation)
         self.registered = self.running = False
         self._to_fill.clear()
         self._stats.clock = 0
@@ -213,6 +217,7 @@ class Fleet:
         self._forget_pull(ticket)
         self._pushes.pop(ticket, None)
         self.offers.cancel(ticket)
+        self.cutter.cancel(ticket)
         if ticket in self.enterers:
             self.enterers.remove(ticket)
 
@@ -319,9 +324,6 @@ class Fleet:
                 pulling.blocks[block] = buffer
         return ""
 
-    def _shared(self, link: Link, message: Shared, now: float) -> None:
-        self.offers.answered(link, message)
-
     def _alive(self, link: Link, message: Alive, now: float) -> None:
         self._clock(link, message.min_clock)
         link.alive(message)
@@ -344,6 +346,7 @@ class Fleet:
             self._fill()
             self._enter()
             self.offers.pursue(self._incarnation, self._owners(), now)
+        self.cutter.pursue(now)
         self.flow(now)
 
     def flow(self, now: float) -> None:
@@ -457,7 +460,9 @@ class Fleet:
         if silent:
             return "no connection to " + ", ".join(f"shard {link.place.index} at {link.address}" for link in silent)
         holdups = sorted({link.holdup for link in self.links.values()} - {""})
-        return f"this worker is at clock {self._stats.clock}, {'; '.join(holdups)}" if holdups else ""
+        if holdups:
+            return f"this worker is at clock {self._stats.clock}, {'; '.join(holdups)}"
+        return self.cutter.why_waiting()
 
     def silent(self, now: float, seconds: float) -> Link | None:
         """A shard that owes an answer for at least so long."""
@@ -484,6 +489,7 @@ class Fleet:
             del self._pushes[ticket]
             self._out.fail(ticket, error)
         self.offers.fail(error)
+        self.cutter.fail(error)
         self._out.fail_all(self.enterers, error)
 
     @property
@@ -494,6 +500,7 @@ class Fleet:
             or self._pushes
             or self.enterers
             or self.offers.busy
+            or self.cutter.busy
             or any(link.busy for link in self.links.values())
         )
 
@@ -550,5 +557,6 @@ _ACTS: dict[type[Message], Callable[..., None]] = {
     Ack: Fleet._ack,
     Values: Fleet._values,
     Alive: Fleet._alive,
-    Shared: Fleet._shared,
+    Shared: lambda fleet, link, message, now: fleet.offers.answered(link, message),
+    **dict.fromkeys((Frozen, Settled, Piece, NoCut), lambda fleet, *heard: fleet.cutter.received(*heard)),
 }

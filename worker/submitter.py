@@ -1,4 +1,4 @@
-"""A client's core: tasks go out, several in a message, and come back answered, each once (SPEC §15).
+"""A client's core: tasks go out, several in a message, and come back answered, each once (SPEC §16).
 
 Rules
 - `handle` is the only method that changes anything; no socket, no clock.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ..protocol.join import JoinAddress
+from ..tasks.card import Lineage
 from .cut import consistent
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class Versions:
         Raises:
             ConfigError: nothing is registered, or a card that cannot be; promotion of what was never evaluated.
         """
-        arrays, lineage = consistent(cast("Worker", self), timeout)
-        lineage = replace(lineage, parent=parent, data=tuple(trained_on))
+        arrays, at = consistent(cast("Worker", self), timeout)
+        lineage = Lineage(at.run, at.mode, at.clock, parent, tuple(trained_on))
         return self._tasks(timeout).publish(
             name, arrays, metrics, kind=kind, data=data, lineage=lineage, promote=promote, timeout=timeout
         )
