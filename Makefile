@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check lint types tests pytest soak examples bench bench-peers bench-federated bench-growth clean data
+.PHONY: help demo test check lint types tests pytest soak examples bench bench-peers bench-federated bench-tasks bench-growth clean data
 
 help:                    ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 24
@@ -59,6 +59,9 @@ bench-peers: .peers/bin/shoal  ## the same beside torch RPC, Ray, gloo and raw Z
 
 bench-federated: .peers/bin/shoal  ## masked rounds beside Flower's, and 10,000 clients simulated
 	.peers/bin/shoal bench federated --save docs/federated
+
+bench-tasks: .peers/bin/shoal  ## small tasks per second, beside Ray actors
+	.peers/bin/shoal bench tasks
 
 bench-growth: $(BIN)/shoal  ## time, memory and idle load as shards, workers, tensors and bytes grow; a thousand workers are simulated
 	$(BIN)/shoal bench growth

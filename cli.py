@@ -375,6 +375,25 @@ def growth(only: str, repeat: int, as_json: bool, plot: str) -> int:
     return measure(only, repeat, as_json, plot)
 
 
+@bench.command("tasks")
+@click.option(
+    "--repeat", default=5, show_default=True, type=click.IntRange(1), help="Turns of each; medians are printed."
+)
+@click.option("--count", default=20_000, show_default=True, type=click.IntRange(100), help="Tasks of a turn.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def bench_tasks(repeat: int, count: int, as_json: bool) -> int:
+    """Small tasks per second with two executors, and how long one takes at half that rate; beside Ray where it is installed.
+
+    \b
+    Examples:
+    shoal bench tasks
+    make bench-tasks
+    """
+    from .bench.tasks import main as measure
+
+    return measure(repeat, count, as_json)
+
+
 @bench.command()
 @click.option("--only", default="", metavar="PART,…", help="Some of: client,sum,rounds,scale.")
 @click.option(
