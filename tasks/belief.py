@@ -61,9 +61,8 @@ class Belief:
 
     @property
     def mean(self) -> float:
-        """The expected reward of the next task."""
-        good, bad = self._parameters
-        return good / (good + bad)
+        """The expected reward of the next task; what the card says while nothing has come back."""
+        return (WORD * self._word + self._sum / SCALE) / (WORD + self.count)
 
     def draw(self, beta: Beta) -> float:
         """One of the qualities that it may have, as likely as it is (Thompson 1933)."""

@@ -196,6 +196,7 @@ class SqliteBook:
             self._file.execute("PRAGMA synchronous=NORMAL").close()
             self._file.executescript(_SCHEMA).close()
         except sqlite3.Error as error:
+            self._file.close()
             os.close(self._lock)
             raise ConfigError(f"{path} is no book of tasks: {error}") from None
         self._writing = False

@@ -156,8 +156,11 @@ class Shelf:
             os.link(known, path)
         else:
             raise ConfigError("nothing was uploaded under this SHA-256", hint="publish it again")
-        card = self._registry.keep(told.pop("name"), path, **told)
-        self._uploads.pop(weights, None)
+        try:
+            card = self._registry.keep(told.pop("name"), path, **told)
+        finally:
+            path.unlink(missing_ok=True)
+            self._uploads.pop(weights, None)
         return card
 
 

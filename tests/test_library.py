@@ -94,7 +94,7 @@ def test_weights_are_named_by_what_they_are(shelf: Shelf, name: str) -> None:
     for call in (
         lambda: shelf.piece(name, 0),
         lambda: shelf.take(name, 10, 0, b"x"),
-        lambda: shelf.publish(name, b"{}"),
+        lambda: shelf.publish(name, json.dumps(ABOUT).encode()),
     ):
         with pytest.raises(ConfigError, match="SHA-256"):
             call()
