@@ -180,7 +180,8 @@ def test_a_file_of_another_name_or_time_is_found(kept: Vault) -> None:
         kept.open("feedback")
 
 
-def test_an_old_end_is_not_put_in_place_of_a_new_one(kept: Vault) -> None:
+@pytest.mark.parametrize(("lives", "words"), [((1, 1), "record 3 of"), ((1,), "ends with another record")])
+def test_an_old_end_is_not_put_in_place_of_a_new_one(kept: Vault, lives: tuple[int, ...], words: str) -> None:
     """From a copy that was made before: records that were authentic once, of the same numbers."""
     filled(kept, lives=(2,))
     copies = {file: file.read_bytes() for file in kept.folder.iterdir()}
@@ -188,11 +189,11 @@ def test_an_old_end_is_not_put_in_place_of_a_new_one(kept: Vault) -> None:
     old = path(kept).read_bytes()
     for file, data in copies.items():
         file.write_bytes(data)
-    filled(kept, lives=(1, 1))
+    filled(kept, lives=lives)
     new = path(kept).read_bytes()
     start = len(copies[path(kept)])
     path(kept).write_bytes(new[:start] + old[start:] + new[len(old) :])
-    with pytest.raises(VaultError, match="record 3 of"):
+    with pytest.raises(VaultError, match=words):
         rows(kept)
 
 
