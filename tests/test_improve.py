@@ -233,6 +233,25 @@ def test_a_fall_while_it_trains_is_the_next_reason() -> None:
     assert WATCHING == bench.core.state, "it was another version's"
 
 
+def test_a_fall_of_a_version_that_is_served_no_more_is_forgotten() -> None:
+    bench = Bench(Rule(drift=0.002, every=400, examples=30, rest=10.0))
+    bench.feed(400, 1.0)
+    bench.feed(100, 0.0)
+    bench.say(Serving("v2"), Failed(1, "no"))
+    bench.wait(10.0)
+    assert WATCHING == bench.core.state
+
+
+def test_gathering_after_a_long_rest_waits_as_long_as_any() -> None:
+    """Silence is counted from its beginning."""
+    bench = Bench(Rule(drift=0.002, every=400, examples=350, rest=1000.0, silence=100.0))
+    bench.feed(400, 1.0)
+    bench.feed(100, 0.0)
+    bench.say(Failed(1, "no"))
+    bench.wait(1000.0)
+    assert (GATHERING, bench.now + 100.0) == (bench.core.state, bench.core.wake_at)
+
+
 def test_bad_rewards_without_anything_new_are_no_reason() -> None:
     """Nothing would be learned that was not, the last time."""
     bench = Bench()
