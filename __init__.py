@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ShapeError,
         ShoalError,
         TaskFailed,
+        VaultError,
         VersionError,
         WaitTimeout,
         WorkerEvicted,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .worker.client import Worker
     from .worker.split import split
     from .worker.taskclient import Answer, Client
+    from .worker.vault import Vault
 
 _HOMES = {
     "connect": "launch.connect",
@@ -49,6 +51,7 @@ _HOMES = {
     "split": "worker.split",
     **dict.fromkeys(("Client", "Answer"), "worker.taskclient"),
     "Needs": "tasks.allot",
+    "Vault": "worker.vault",
     **dict.fromkeys(
         (
             "AuthError",
@@ -62,6 +65,7 @@ _HOMES = {
             "ShapeError",
             "ShoalError",
             "TaskFailed",
+            "VaultError",
             "VersionError",
             "WaitTimeout",
             "WorkerEvicted",
@@ -95,6 +99,8 @@ __all__ = [
     "ShapeError",
     "ShoalError",
     "TaskFailed",
+    "Vault",
+    "VaultError",
     "VersionError",
     "WaitTimeout",
     "Worker",

@@ -222,6 +222,26 @@ def identity(file: str, name: str) -> int:
     return 0
 
 
+@keys.command("vault")
+@click.argument("file")
+def vault_key(file: str) -> int:
+    """What an owner's files are encrypted with (`shoal.Vault`): made in FILE if it is not there. Prints which key it is.
+
+    Whoever loses it loses what it has locked: keep a copy elsewhere.
+
+    \b
+    shoal keys vault ~/.shoal/vault.key
+    """
+    from pathlib import Path
+
+    from .worker.vault import VaultKey
+
+    there = Path(file).expanduser().exists()
+    key = VaultKey.load(file) if there else VaultKey.make(file)
+    click.echo(f"vault key {key.fingerprint} in {file}{'' if there else ', new: keep a copy elsewhere'}")
+    return 0
+
+
 shoal.add_command(models)
 shoal.add_command(tasks)
 

@@ -77,6 +77,10 @@ class ProtectionError(ShoalError):
     """The server offers less protection than this worker demands."""
 
 
+class VaultError(ShoalError):
+    """What an owner keeps encrypted cannot be read: its key is another or gone, or it was changed, cut or torn on disk."""
+
+
 class WaitTimeout(ShoalError, TimeoutError):
     """A wait ended at its time-out; the servers were alive."""
 

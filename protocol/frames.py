@@ -22,7 +22,7 @@ from .messages import Fill, Message, Model, Push, Refused, Register, Share, Valu
 from .records import Member, Phase, Place
 from .rounds import ONE_BUFFER, TWO_BUFFERS
 from .schema import Buffer, Check, Malformed, checks_of
-from .tasking import COUNTED, Asked, Told, Valued
+from .tasking import COUNTED, Asked, Recalled, Told, Valued
 from .tasking import ONE_BUFFER as OF_TASKS
 
 VERSION = 1
@@ -46,7 +46,7 @@ _KINDS: dict[int, tuple[type[Any], tuple[Check, ...]]] = {
     kind.TYPE: (kind, checks_of(kind)) for kind in get_args(Message)
 }
 _FIELDS = {kind: _getter(kind) for kind in get_args(Message)}
-_RECORDS = {kind: _getter(kind) for kind in (Place, Member, Phase, Asked, Told, Valued)}
+_RECORDS = {kind: _getter(kind) for kind in (Place, Member, Phase, Asked, Told, Valued, Recalled)}
 _HAS_BUFFERS = frozenset((*_ONE_BUFFER, *TWO_BUFFERS, *_A_BUFFER_A_BLOCK, *COUNTED))
 
 

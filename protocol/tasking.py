@@ -23,7 +23,6 @@ LongTexts = Annotated[tuple[str, ...], listing(_long, MOST)]
 TaskNumbers = Annotated[tuple[int, ...], listing(_u64, MOST)]
 Items = Annotated[tuple[int, ...], listing(_u32, MOST)]
 Failures = Annotated[tuple[tuple[str, str], ...], listing(pairing(_text, _long), MOST_MODELS)]
-TaskIds = Annotated[tuple[tuple[int, int], ...], listing(pairing(_u64, _u64), MOST)]
 Buffers: TypeAlias = "tuple[bytes | bytearray | memoryview, ...]"
 
 
@@ -68,9 +67,25 @@ class Valued:
     reward: Real
 
 
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """Feedback: at which place in the order of its coming, on whose task, which, a reward, and of which version the answer was.
+
+    `kept`: are inputs and truth remembered?
+    """
+
+    place: U64
+    owner: U64
+    number: U64
+    identity: Text
+    reward: Real
+    kept: Flag
+
+
 Askeds = Annotated[tuple[Asked, ...], records(Asked, MOST)]
 Tolds = Annotated[tuple[Told, ...], records(Told, MOST)]
 Valueds = Annotated[tuple[Valued, ...], records(Valued, MOST)]
+Recalleds = Annotated[tuple[Recalled, ...], records(Recalled, MOST)]
 
 
 # --- client and dispatcher
@@ -141,7 +156,7 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class Recollect:
-    """What was fed back with what was right, of a kind of task, after this place in the order of its coming."""
+    """What was fed back of a kind of task after this place in the order of its coming. `data`: with inputs and truths."""
 
     TYPE: ClassVar[int] = 113
     client: U64
@@ -149,18 +164,17 @@ class Recollect:
     kind: Text
     after: U64
     most: U32
+    data: Flag
 
 
 @dataclass(frozen=True, slots=True)
 class Recollected:
-    """A buffer for each task: the length of its inputs as a little-endian u32, they, and what was right. `last`: the last one's
-    place."""
+    """Feedback, in that order. A buffer each: the inputs' length as a little-endian u32, they, and what was right; or empty."""
 
     TYPE: ClassVar[int] = 114
     client: U64
     request: U64
-    last: U64
-    tasks: TaskIds
+    values: Recalleds
     buffers: Buffers = field(repr=False)
 
 
@@ -374,7 +388,7 @@ COUNTED: dict[type[Any], str] = {
     Submit: "tasks",
     Answers: "answers",
     Feedback: "values",
-    Recollected: "tasks",
+    Recollected: "values",
     Load: "identities",
     Work: "items",
     Done: "errors",

@@ -19,12 +19,14 @@ from typing import Any, Protocol
 
 from ..protocol.errors import ConfigError
 from ..protocol.schema import Buffer
-from ..protocol.tasking import Asked, Told
+from ..protocol.tasking import Asked, Recalled, Told
 
 KEEP = 200_000
 """Answered tasks that are remembered."""
 KEEP_BYTES = 256 * 1024 * 1024
 """Bytes of inputs and truths that are remembered of them."""
+MOST_RECALLED = 8 * 1024 * 1024
+"""Bytes of inputs and truths that are read at once."""
 Id = tuple[int, int]
 """Of a task: the client's incarnation, and its number there."""
 
@@ -96,8 +98,11 @@ class Book(Protocol):
         """All feedback in the order of its coming: the version's identity, the kind of task, the reward."""
         ...
 
-    def examples(self, kind: str, after: int, most: int) -> Sequence[tuple[int, Id, Buffer, Buffer]]:
-        """What was fed back with a truth: its place, the task, inputs and truth, where both are kept."""
+    def fed_back(self, kind: str, after: int, most: int, data: bool) -> Sequence[tuple[Recalled, Buffer, Buffer]]:
+        """Feedback on a kind of task after a place, in the order of its coming, with inputs and truth.
+
+        `data`: only where both are kept, and no more than fits a message. Otherwise all of it, without them.
+        """
         ...
 
     def put(self, key: str, text: str) -> None:
@@ -150,11 +155,13 @@ _VALUE = f"""
 INSERT OR REPLACE INTO feedback (owner, number, kind, identity, reward, truth)
 SELECT owner, number, kind, identity, ?, ? FROM tasks WHERE owner = ? AND number = ? AND state > {OPEN} AND code = ''
 """
-_EXAMPLES = """
-SELECT f.place, f.owner, f.number, t.input, f.truth FROM feedback f
-JOIN tasks t ON t.owner = f.owner AND t.number = f.number
-WHERE f.kind = ? AND f.place > ? AND f.truth IS NOT NULL AND t.input IS NOT NULL ORDER BY f.place LIMIT ?
+_FED_BACK = """
+SELECT f.place, f.owner, f.number, f.identity, f.reward, f.truth IS NOT NULL AND t.input IS NOT NULL AS kept, {data}
+FROM feedback f LEFT JOIN tasks t ON t.owner = f.owner AND t.number = f.number
+WHERE f.kind = ? AND f.place > ? {where} ORDER BY f.place LIMIT ?
 """
+_REWARDS = _FED_BACK.format(data="x'', x''", where="")
+_EXAMPLES = _FED_BACK.format(data="t.input, f.truth", where="AND kept")
 _DROP_TASKS = f"""
 DELETE FROM tasks WHERE place IN (SELECT place FROM tasks WHERE state = {OVER} ORDER BY place LIMIT ?)
 """
@@ -297,9 +304,18 @@ class SqliteBook:
         ).fetchall()
         return found
 
-    def examples(self, kind: str, after: int, most: int) -> Sequence[tuple[int, Id, Buffer, Buffer]]:
-        rows = self._file.execute(_EXAMPLES, (kind, after, most))
-        return [(row[0], (_id(row[1]), _id(row[2])), row[3], row[4]) for row in rows]
+    def fed_back(self, kind: str, after: int, most: int, data: bool) -> Sequence[tuple[Recalled, Buffer, Buffer]]:
+        found: list[tuple[Recalled, Buffer, Buffer]] = []
+        size = 0
+        rows = self._file.execute(_EXAMPLES if data else _REWARDS, (kind, min(after, _SIGN // 2 - 1), most))
+        for place, owner, number, identity, reward, kept, inputs, truth in rows:
+            size += len(inputs) + len(truth)
+            if found and size > MOST_RECALLED:
+                break
+            recalled = Recalled(place, _id(owner), _id(number), identity, reward, bool(kept))
+            found.append((recalled, inputs, truth))
+        rows.close()
+        return found
 
     # --- notes
 

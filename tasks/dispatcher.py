@@ -461,13 +461,13 @@ class Dispatcher:
             self._dirty = True
 
     def _recollect(self, peer: Peer, message: Recollect) -> None:
-        rows = self.book.examples(message.kind, message.after, min(message.most, MOST))
-        kept, buffers = [], []
-        for _, id_, inputs, truth in rows:
-            kept.append(id_)
-            buffers.append(b"".join((len(inputs).to_bytes(4, "little"), inputs, truth)))
-        last = rows[-1][0] if rows else message.after
-        self._send(peer, Recollected(message.client, message.request, last, tuple(kept), tuple(buffers)))
+        rows = self.book.fed_back(message.kind, message.after, min(message.most, MOST), message.data)
+        values = tuple(recalled for recalled, _, _ in rows)
+        buffers = tuple(
+            b"".join((len(inputs).to_bytes(4, "little"), inputs, truth)) if message.data else b""
+            for _, inputs, truth in rows
+        )
+        self._send(peer, Recollected(message.client, message.request, values, buffers))
 
     # --- versions
 

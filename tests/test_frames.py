@@ -64,7 +64,7 @@ OF_KIND: dict[Any, st.SearchStrategy[Any]] = {
     tasking.TaskNumbers: several(u64),
     tasking.Items: several(u32),
     tasking.Failures: rows(text, text),
-    tasking.TaskIds: rows(u64, u64),
+    tasking.Recalleds: several(st.builds(tasking.Recalled, u64, u64, u64, text, real, st.booleans())),
     tasking.Askeds: several(st.builds(tasking.Asked, u64, text, text, u32, real, real, text, real, real)),
     tasking.Tolds: several(st.builds(tasking.Told, u64, text, text, text, u32, text, text, real)),
     tasking.Valueds: several(st.builds(tasking.Valued, u64, u64, real)),
@@ -375,7 +375,7 @@ def test_the_specification_lists_these_messages() -> None:
     kinds |= {"f": schema.Real, "flag": schema.Flag, "[u32]": schema.Indices}
     kinds |= {"[[text,": schema.Numbers, "incs": rounds.Incarnations, "s2": rounds.State, "[text]": rounds.Names}
     kinds |= {"[name]": tasking.Texts, "[u64]": tasking.TaskNumbers, "[asked]": tasking.Askeds, "[told]": tasking.Tolds}
-    kinds |= {"[valued]": tasking.Valueds, "[id]": tasking.TaskIds}
+    kinds |= {"[valued]": tasking.Valueds, "[recalled]": tasking.Recalleds}
     requests = {"Alive"}  # their lists of requests are shorter
     kinds |= {"c3": schema.PullCodec, "c4": schema.PushCodec}
     rows_ = spec_rows()

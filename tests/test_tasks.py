@@ -122,6 +122,11 @@ def test_from_training_to_feedback(cluster: shoal.LocalCluster, client: shoal.Cl
             client.feedback([plain, answer], truth=[np.array([0, 0, 0])] * 2, reward=[1.0, 0.5])
             assert 0.5 == client.why(answer)["reward"]
             (example,) = client.fed_back("linear")  # what had a label was not kept
+            every = list(client.fed_back("linear", data=False))
+            assert [(plain.id, 1.0, True), (answer.id, 0.5, False)] == [
+                (each.task, each.reward, each.kept) for each in every
+            ]
+            assert example.place == every[0].place and not list(client.fed_back("linear", every[-1].place, data=False))
             assert torch.equal(torch.eye(3), example.inputs) and [0, 0, 0] == example.truth.tolist()
             with pytest.raises(shoal.ShapeError, match="reward"):
                 client.feedback(plain, truth=np.array([0.5, 0.1, 0.2]))

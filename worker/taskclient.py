@@ -83,12 +83,21 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Example:
-    """A task that was fed back with the truth. `place`: in the order of its coming."""
+class FedBack:
+    """Feedback on a task.
+
+    Attributes:
+        place: in the order of its coming. task: its id. identity: of the version that had answered. reward: from 0 to 1.
+        kept: are inputs and truth remembered? inputs, truth: they, where they were asked for.
+    """
 
     place: int
-    inputs: Value = field(repr=False)
-    truth: Value = field(repr=False)
+    task: str
+    identity: str = field(repr=False)
+    reward: float
+    kept: bool
+    inputs: Value = field(default=None, repr=False)
+    truth: Value = field(default=None, repr=False)
 
 
 class Pending:
@@ -218,20 +227,28 @@ class Client:
                 f"{unknown} of {len(values)} tasks are not remembered, or had no answer", cause="it is too long ago"
             )
 
-    def fed_back(self, kind: str, after: int = 0, timeout: float | None = None) -> Iterator[Example]:
-        """What was fed back of a kind of task with the truth, after this place in the order of its coming; oldest first."""
+    def fed_back(
+        self, kind: str, after: int = 0, *, data: bool = True, timeout: float | None = None
+    ) -> Iterator[FedBack]:
+        """What was fed back of a kind of task, after this place in the order of its coming; oldest first.
+
+        Args:
+            data: what came with the truth, with inputs and truth, as far back as they are kept; what had a privacy label is not.
+                False: all rewards, without them. What is said again of a task comes again at a new place, and no more at the old.
+        """
         while True:
             found: Recollected = self._ask(
-                lambda client, request, after=after: Recollect(client, request, kind, after, 256),  # type: ignore[misc]
+                lambda client, request, after=after: Recollect(client, request, kind, after, 1024, data),  # type: ignore[misc]
                 timeout,
             )
-            if not found.tasks:
+            if not found.values:
                 return
-            for buffer in found.buffers:
+            for each, buffer in zip(found.values, found.buffers, strict=True):
+                about = (each.place, _task_id(each.owner, each.number), each.identity, each.reward, each.kept)
                 view = memoryview(buffer)
                 end = 4 + int.from_bytes(view[:4], "little")
-                yield Example(found.last, unpack(view[4:end]), unpack(view[end:]))
-            after = found.last
+                yield FedBack(*about, unpack(view[4:end]), unpack(view[end:])) if data else FedBack(*about)
+            after = found.values[-1].place
 
     # --- versions
 
@@ -429,9 +446,13 @@ class Client:
 def _answer(reply: Reply) -> Answer:
     told: Told = reply.told
     outputs = unpack(reply.output)
-    name = f"{reply.owner:016x}-{told.number}"
+    name = _task_id(reply.owner, told.number)
     key = (reply.owner, told.number)
     return Answer(outputs, name, told.model, told.version, told.identity, told.executor, told.seconds, key)
+
+
+def _task_id(owner: int, number: int) -> str:
+    return f"{owner:016x}-{number}"
 
 
 def as_tensors(arrays: Mapping[str, Any]) -> dict[str, torch.Tensor]:
