@@ -22,8 +22,20 @@ PROMISES = {
     "breast_cancer.py": [(r"test accuracy ([0-9.]+)", 0.95, 1.0)],
     "digits.py": [(r"test accuracy ([0-9.]+)", 0.95, 1.0)],
     "digits_skewed.py": [(r"SCAFFOLD  test accuracy ([0-9.]+)", 0.3, 1.0)],
+    "ensemble.py": [
+        (r"together: mean ([0-9.]+)", 0.93, 1.0),
+        (r"three copies of left: vote ([0-9.]+)", 0.85, 0.94),
+        (r"and ([0-9.]+)% of the inputs went", 1, 60),
+    ],
     "heart_disease.py": [(r"federated .*: AUC ([0-9.]+)", 0.84, 1.0), (r"([+-][0-9.]+) from the union's", -0.01, 0.05)],
     "linear_regression.py": [(r"largest difference from the exact solution ([0-9.]+)", 0.0, 0.02)],
+    "population.py": [(r"member [0-3]: accuracy ([0-9.]+)", 0.9, 1.0)],
+    "shared_encoder.py": [(r"accuracy ([0-9.]+) shared", 0.7, 1.0)],
+    "soup_and_student.py": [
+        (r"fine-tuned from one parent: soup ([0-9.]+)", 0.92, 1.0),
+        (r"begun apart: soup ([0-9.]+)", 0.0, 0.93),
+        (r"60 labels: student ([0-9.]+)", 0.9, 1.0),
+    ],
     "public_then_private.py": [
         (r"test accuracy ([0-9.]+) after the public", 0.5, 0.75),
         (r"test accuracy ([0-9.]+) after rounds", 0.9, 1.0),
@@ -89,7 +101,7 @@ def test_an_example_runs(example: str, tmp_path: Path) -> None:
 def test_an_example_says_how_to_run_it(example: str) -> None:
     """The docstring holds the command to type."""
     text = (ROOT / "examples" / example).read_text()
-    assert re.search(rf"^    (shoal run .*|python )examples/{example}( --scaffold)?$", text, re.MULTILINE)
+    assert re.search(rf"^    (shoal run .*|python )examples/{example}( --\w+)?$", text, re.MULTILINE)
 
 
 def test_four_hospitals(tmp_path: Path) -> None:
@@ -120,7 +132,16 @@ def test_the_patients_are_those() -> None:
     assert 509 == y.sum()
 
 
-@pytest.mark.parametrize("command", ["digits_skewed.py --rounds 3", "public_then_private.py"])
+@pytest.mark.parametrize("command", ["-n 2 --servers 2 examples/shared_encoder.py", "-n 4 examples/population.py"])
+def test_jobs_that_share(command: str) -> None:
+    """Workers with work of their own on one cluster."""
+    out, _ = run("-m", "shoal.cli", "run", *command.split())
+    check(command.rpartition("/")[2], out)
+
+
+@pytest.mark.parametrize(
+    "command", ["digits_skewed.py --rounds 3", "public_then_private.py", "ensemble.py", "soup_and_student.py"]
+)
 def test_an_example_with_a_cluster_of_its_own(command: str) -> None:
     """Started by python, with workers in threads."""
     name, *args = command.split()

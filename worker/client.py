@@ -151,6 +151,11 @@ class Worker(Versions):
         return self._core.welcome.worker if self._core.welcome else 0
 
     @property
+    def run(self) -> str:
+        """The cluster's life, in hex: another one each time that its coordinator is started."""
+        return f"{self._core.welcome.run:016x}" if self._core.welcome else ""
+
+    @property
     def mode(self) -> str:
         """`async`, `sync` or `federated`."""
         if self._core.federated:
