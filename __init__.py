@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .launch.cluster import LocalCluster
     from .launch.connect import connect
+    from .launch.improve import improve
     from .launch.models import registry
     from .protocol.errors import (
         AuthError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .protocol.secure.plan import Policy
     from .protocol.stale import Compensate
     from .tasks.allot import Needs
+    from .tasks.improve import Rule
     from .worker.client import Worker
     from .worker.split import split
     from .worker.taskclient import Answer, Client
@@ -51,6 +53,8 @@ _HOMES = {
     "split": "worker.split",
     **dict.fromkeys(("Client", "Answer"), "worker.taskclient"),
     "Needs": "tasks.allot",
+    "Rule": "tasks.improve",
+    "improve": "launch.improve",
     "Vault": "worker.vault",
     **dict.fromkeys(
         (
@@ -95,6 +99,7 @@ __all__ = [
     "QueueFull",
     "RMSprop",
     "RoundClosed",
+    "Rule",
     "ServerLost",
     "ShapeError",
     "ShoalError",
@@ -107,6 +112,7 @@ __all__ = [
     "WorkerEvicted",
     "__version__",
     "connect",
+    "improve",
     "registry",
     "split",
 ]

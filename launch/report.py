@@ -42,6 +42,7 @@ def summarise(status: dict[str, Any]) -> dict[str, Any]:
         "insecure": status["insecure"],
         "logged": status["logged"],
         "rounds": status["rounds"],
+        "evaluations": status["evaluations"],
     }
 
 
@@ -73,9 +74,18 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         found.append(("steps skipped", f"{report['skipped_steps']} (gradients with NaN or infinity)"))
     if report["rejected"]:
         found.append(("rejected", "  ".join(f"{reason}: {count}" for reason, count in report["rejected"].items())))
+    for last in {each["name"]: each for each in report["evaluations"]}.values():
+        found.append((f"held out: {last['name']}", evaluated(last)))
     if report["insecure"]:
         found.append(("security", "NONE (--insecure)"))
     return found + [(name, number(value)) for name, value in report["logged"].items()]
+
+
+def evaluated(result: dict[str, Any]) -> str:
+    """An evaluation in a line."""
+    unit = "round" if result["mode"] == "federated" else "clock"
+    means = "  ".join(f"{what} {number(mean)}" for what, mean in result["means"].items())
+    return f"{means}  ({unit} {result['clock']}, {result['examples']} examples)"
 
 
 def check_writable(path: str) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..protocol.join import CLEAR
-from .report import human_bytes, number
+from .report import evaluated, human_bytes, number
 
 
 def show(status: dict[str, Any]) -> None:
@@ -81,6 +81,11 @@ def _training(status: dict[str, Any]) -> None:
             for d in status["data"]
         ],
     )
+    for last in {each["name"]: each for each in status["evaluations"]}.values():
+        console.print(Text(f"held out: {last['name']}  {evaluated(last)}"))
+    for now in status["evaluating"]:
+        text = f"held out: {now['name']}  clock {now['clock']}: {now['examples']} of {now['of']} examples so far"
+        console.print(Text(text, style="dim"))
     for title, found in (("logged", status["logged"]), ("rejected", status["rejected"])):
         if found:
             console.print(Text(f"{title}  " + "  ".join(f"{name} {number(value)}" for name, value in found.items())))

@@ -49,7 +49,7 @@ class Settle:
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class CutKept:
     """The values are kept."""
 
     TYPE: ClassVar[int] = 93
@@ -109,4 +109,4 @@ class NoCut:
     why: Text
 
 
-CutMessage: TypeAlias = Freeze | Frozen | Settle | Settled | Take | Piece | Release | NoCut
+CutMessage: TypeAlias = Freeze | Frozen | Settle | CutKept | Take | Piece | Release | NoCut

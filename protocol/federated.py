@@ -20,6 +20,9 @@ SERVER = "server"
 PROX = "prox"
 """Names of settings in a plan; the numbers of the server's rule are behind `server.`."""
 
+SUM = "sum:"
+"""A metric whose name begins so is summed over clients; any other is averaged by weight."""
+
 RULES: dict[str, dict[str, float]] = {
     "fedavg": {"lr": 1.0},
     "fedavgm": {"lr": 1.0, "momentum": 0.9},

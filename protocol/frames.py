@@ -18,6 +18,7 @@ import msgpack
 from .asking import Answer, Echo, Echoed
 from .cuts import Piece
 from .errors import ProtocolError
+from .evaluating import Evaluated
 from .messages import Fill, Message, Model, Push, Refused, Register, Share, Values
 from .records import Member, Phase, Place
 from .rounds import ONE_BUFFER, TWO_BUFFERS
@@ -46,7 +47,7 @@ _KINDS: dict[int, tuple[type[Any], tuple[Check, ...]]] = {
     kind.TYPE: (kind, checks_of(kind)) for kind in get_args(Message)
 }
 _FIELDS = {kind: _getter(kind) for kind in get_args(Message)}
-_RECORDS = {kind: _getter(kind) for kind in (Place, Member, Phase, Asked, Told, Valued, Recalled)}
+_RECORDS = {kind: _getter(kind) for kind in (Place, Member, Phase, Evaluated, Asked, Told, Valued, Recalled)}
 _HAS_BUFFERS = frozenset((*_ONE_BUFFER, *TWO_BUFFERS, *_A_BUFFER_A_BLOCK, *COUNTED))
 
 

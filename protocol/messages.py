@@ -12,6 +12,7 @@ from typing import ClassVar, TypeAlias
 
 from .asking import Answer, Echo, Echoed, Inquire, Switch, Switched
 from .cuts import CutMessage
+from .evaluating import EvaluationMessage
 from .records import Member as Member
 from .records import Members, Phases, Places
 from .records import Phase as Phase
@@ -539,4 +540,5 @@ Message: TypeAlias = (
     | Progress
     | TaskMessage
     | CutMessage
+    | EvaluationMessage
 )

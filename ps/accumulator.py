@@ -18,7 +18,7 @@ import numpy as np
 
 from ..protocol.effects import COORDINATOR, Peer, Received, Send, Tick
 from ..protocol.errors import ConfigError, ProtocolError
-from ..protocol.federated import NOISE, NORM, Aggregate, ServerRule
+from ..protocol.federated import NOISE, NORM, SUM, Aggregate, ServerRule
 from ..protocol.join import SECAGG
 from ..protocol.messages import Message, Refused
 from ..protocol.repeats import Repeats, note
@@ -350,7 +350,8 @@ class Accumulator:
         if wrong or not set(finish.chosen) <= held.added or bool(finish.chosen) != held.aggregate.chooses:
             raise ProtocolError("malformed", "the survivors are not those whose slices were added here")
         Masks(add, subtract, AUXILIARY).apply(held.lanes)
-        counted = totals(held.lanes, len(held.added), plan.cap, plan.elements)
+        summed = [name.startswith(SUM) for name in plan.metrics]
+        counted = totals(held.lanes, len(held.added), plan.cap, plan.elements, summed)
         masks, width = Masks(add, subtract), self._step(len(add) + len(subtract))
         for start in range(0, len(held.main) if held.masked else 0, width):
             masks.apply(held.main[start : start + width], held.start + start)

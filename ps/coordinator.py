@@ -12,7 +12,7 @@ import json
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -50,10 +50,12 @@ from ..protocol.messages import (
 from ..protocol.records import Member
 from ..protocol.rounds import Deal, Enlist
 from ..protocol.tasking import Host
+from .evaluations import KINDS as OF_EVALUATIONS
+from .evaluations import Evaluations
 from .federation import Federation
 from .hosted import Hosted
 from .lobby import Lobby
-from .members import Life, Members, Refusal
+from .members import Life, Members, Refusal, Totals
 from .partitions import Answer, Partitions
 from .registration import Registration
 from .requests import Requests
@@ -73,15 +75,6 @@ class Died:
     """A supervisor on this machine saw the process of the worker of this name end."""
 
     name: str
-
-
-@dataclass(slots=True)
-class Totals:
-    """What ended lives have done."""
-
-    lost: int = 0
-    left: int = 0
-    stats: Counter[str] = field(default_factory=Counter)
 
 
 class Coordinator:
@@ -114,9 +107,9 @@ class Coordinator:
         self.opened_at: float | None = None
         """When `min_workers` were here for the first time."""
         self.modes = Modes(settings.mode, settings.staleness, settings.lease)
-        self.federation = Federation(
-            run, settings.recipe, below, max(settings.min_workers, settings.recipe.fewest), peers
-        )
+        self.evaluations = Evaluations()
+        least = max(settings.min_workers, settings.recipe.fewest)
+        self.federation = Federation(run, settings.recipe, below, least, peers, self.evaluations)
         self._begun = False
         """Has every shard had `min_workers` workers counted in at once?"""
         self.registration = Registration(run)
@@ -159,6 +152,8 @@ class Coordinator:
             self._retry_at = now + RETRY
             self._repeat()
         self._federate(heard)
+        while self.evaluations.news:
+            self._log("info", self.evaluations.news.pop(0))
         return self._out
 
     # --- shards
@@ -336,6 +331,7 @@ class Coordinator:
     def _end(self, life: Life, state: str, why: str) -> None:
         self.members.end(life, state)
         self.partitions.end(life.incarnation)
+        self.evaluations.end(life.incarnation)
         self._requests.end(life.incarnation)
         self.federation.gone(life.incarnation)
         for name, value in life.stats.items():
@@ -366,7 +362,7 @@ class Coordinator:
 
     # --- requests that may have to wait
 
-    def _request(self, peer: Peer, message: Register | Claim | Declare | Complete) -> None:
+    def _request(self, peer: Peer, message: Any) -> None:
         life = self._known(peer, message.incarnation)
         if life is None:
             return
@@ -390,6 +386,8 @@ class Coordinator:
                 self.partitions.complete(life.incarnation, message.lease, message.done)
                 self._answer(life, message.request, Completed(life.incarnation, message.request))
                 self._look_again()
+            case _:
+                self._answer(life, message.request, self.evaluations.handle(message, self.now))
 
     def _waiting(self, message: Register | Claim) -> Waiting:
         if self.opened_at is None:
@@ -554,6 +552,7 @@ _ACTS: dict[type[Message], _Act] = {
     Declare: Coordinator._request,
     Claim: Coordinator._request,
     Complete: Coordinator._request,
+    **dict.fromkeys(OF_EVALUATIONS, Coordinator._request),
     ShardJoin: Coordinator._shard_join,
     Report: Coordinator._report,
     Switch: Coordinator._switch,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
-from ..protocol.cuts import CutMessage, Freeze, Frozen, NoCut, Piece, Release, Settle, Settled, Take
+from ..protocol.cuts import CutKept, CutMessage, Freeze, Frozen, NoCut, Piece, Release, Settle, Take
 from ..protocol.effects import Effect, Peer, Send, Stream
 from ..protocol.messages import Enter, Fill, Operation, Pause, Push, Start
 from ..protocol.phases import closed
@@ -51,7 +51,7 @@ class _Freeze:
 class _Kept:
     """Values that may be read."""
 
-    said: Settled
+    said: CutKept
     shots: dict[int, Shot]
     asked_at: float
     readings: Counter[int]
@@ -257,7 +257,7 @@ class Cuts:
         store, said = shard.weights.store, freeze.said
         applied = shard.accumulator.applied if shard.accumulator else 0
         how = (self._closed, shard.clocks.min, applied, store.version)
-        settled = Settled(said.incarnation, shard.incarnation, said.cut, *how)
+        settled = CutKept(said.incarnation, shard.incarnation, said.cut, *how)
         self._thaw()
         self._kept = _Kept(settled, {block: store.shot(block) for block in store.blocks}, now, Counter())
         shard.counters["cuts"] += 1

@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..protocol.effects import Log, Received, Tick
+from ..protocol.federated import SUM
 from ..protocol.layout import Layout
 from ..protocol.messages import Message
 from ..protocol.rounds import Enlist, Progress
+from .evaluations import Evaluations
 from .recipe import Recipe
 from .round import Say
 from .rounds import Concluded, Go, Hold, Placed, Rounds, RoundsEffect, RoundsEvent, Unplaced, Workers
@@ -34,6 +36,7 @@ class Federation:
     """
     Args:
         run, recipe, below, peers: as `Rounds`. least: so many take part before the first round begins.
+        evaluations: take what clients have measured on held-out data.
 
     Attributes:
         rounds: the machine. last: the newest end of a session. abandoned: how many had none.
@@ -47,7 +50,9 @@ class Federation:
         below: Callable[[int], int],
         least: int,
         peers: Mapping[str, bytes] | None = None,
+        evaluations: Evaluations | None = None,
     ) -> None:
+        self.evaluations = evaluations or Evaluations()
         self.rounds = Rounds(run, recipe, below, peers)
         self._told: tuple[RoundsEvent, ...] = ()
         """What it was last told of the shards and of the mode."""
@@ -174,7 +179,9 @@ class Federation:
             level = "info" if end.declined else "warning"
             self._out.append(Log(level, f"round {end.round} was abandoned: {end.why}"))
             return
-        self.said = dict(end.released.metrics)
+        metrics = dict(end.released.metrics)
+        self.said = {name: value for name, value in metrics.items() if not name.startswith(SUM)}
+        self.evaluations.summed(end.round, len(end.released.survivors), metrics)
         count = len(end.released.survivors)
         text = f"round {end.round} is complete: {count} workers, {self.rounds.completed} rounds so far"
         ledger = self.rounds.ledger

@@ -9,7 +9,7 @@ Rules
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from itertools import takewhile
 from math import inf
@@ -49,6 +49,15 @@ class Life:
     """`live`, then `lost` (its lease ended), `left` or `replaced`."""
     stats: dict[str, float] = field(default_factory=dict)
     logged: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Totals:
+    """What ended lives have done."""
+
+    lost: int = 0
+    left: int = 0
+    stats: Counter[str] = field(default_factory=Counter)
 
 
 class Refusal(Exception):

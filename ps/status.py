@@ -13,6 +13,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..protocol.evaluating import Evaluated
     from .coordinator import Coordinator
     from .members import Life
 
@@ -68,6 +69,8 @@ def status(coordinator: Coordinator) -> dict[str, Any]:
             }
             for job in c.partitions.jobs.values()
         ],
+        "evaluations": [_evaluated(each) for each in c.evaluations.results],
+        "evaluating": c.evaluations.under_way,
         "totals": totals,
         "rejected": _rejected(c),
         "logged": {name: plain(value) for name, value in (c.logged | c.federation.said).items()},
@@ -98,6 +101,21 @@ def _rounds(c: Coordinator) -> dict[str, Any]:
             "clipped": last.released.clipped if last.released else 0,
             "abandoned_because": last.why,
         },
+    }
+
+
+def _evaluated(e: Evaluated) -> dict[str, Any]:
+    return {
+        "number": e.number,
+        "name": e.name,
+        "mode": e.mode,
+        "clock": e.clock,
+        "examples": e.examples,
+        "sums": {name: plain(total) for name, total in e.sums},
+        "means": {name: plain(total / e.examples) for name, total in e.sums},
+        "workers": e.workers,
+        "parts_lost": e.lost,
+        "seconds": e.seconds,
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from history import CutDone, History, Life, PullDone, Update, Violation
+from simevals import Appraising
 from simnet import Faults, Node, Sim
 
 from shoal.protocol.codecs import BF16, FP16, RAW, Codec
@@ -60,7 +61,7 @@ class Memory:
         return memoryview(self.bytes)[start:stop]
 
 
-class App:
+class App(Appraising):
     """One worker process: registers, then claims, pulls, computes, pushes, until the data is done."""
 
     def __init__(self, cluster: Cluster, name: str, attempt: int, pace: float) -> None:
@@ -339,6 +340,8 @@ class Cluster:
         )
         self.make_shard, self.make_coordinator, self.make_app = make_shard, make_coordinator, make_app
         self.apps: dict[str, App] = {}
+        self.marks: dict[int, set[int]] = {}
+        """Elements that have changed in cuts that were evaluated, by the cuts' clocks."""
         self.piecemeal = False
         """Are some steps pushed in several messages?"""
         self.to_come = 0
@@ -478,6 +481,13 @@ class Cluster:
         """A worker that was counted out may come back at a higher clock."""
         done = sum(update.incarnation == life.incarnation for update in self.history.updates.values())
         life.start_clock = core.stats.clock - done
+
+    def check_evaluations(self) -> None:
+        """Every part counts once, and all of an evaluation are of one version."""
+        for result in self.coordinator.evaluations.results:
+            marks = dict(result.sums).get("marks", 0.0) / self.job.length
+            if result.examples != self.job.length or marks not in self.marks[result.clock]:
+                raise Violation(f"evaluation {result}: {marks} of {self.marks[result.clock]}")
 
     @property
     def forgotten(self) -> bool:

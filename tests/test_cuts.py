@@ -10,7 +10,7 @@ import pytest
 from cores import SHARD, ShardBench, only, peer_of
 
 import shoal
-from shoal.protocol.cuts import Freeze, Frozen, NoCut, Piece, Release, Settle, Settled, Take
+from shoal.protocol.cuts import CutKept, Freeze, Frozen, NoCut, Piece, Release, Settle, Take
 from shoal.protocol.errors import ConfigError, WaitTimeout
 from shoal.protocol.messages import Ack, Pause
 from shoal.protocol.phases import closed
@@ -45,7 +45,7 @@ def test_steps_wait_until_all_are_at_one_boundary_and_then_go_on() -> None:
     bench.push(2, 0, 0.0, 1.0)
     assert [-1.0, 0.0] == bench.weights
 
-    settled = only(Settled, bench.ask(Settle, 3, 1, 0, ((1, 1), (2, 1))))
+    settled = only(CutKept, bench.ask(Settle, 3, 1, 0, ((1, 1), (2, 1))))
     assert (1, settled.version) == (settled.min_clock, bench.core.weights.store.version - 1)
     assert [-2.0, -1.0] == bench.weights
     assert [-1.0, -1.0] == bench.taken(3, 1) == bench.taken(3, 1, reader=2)
@@ -55,9 +55,9 @@ def test_it_waits_for_what_is_under_way() -> None:
     """A step that another shard has is awaited; what comes of later ones is not let past it."""
     bench = Cutting()
     bench.ask(Freeze, 3, 1)
-    assert [] == [m for m in bench.ask(Settle, 3, 1, 0, ((1, 1), (2, 0))) if isinstance(m, Settled)]
+    assert [] == [m for m in bench.ask(Settle, 3, 1, 0, ((1, 1), (2, 0))) if isinstance(m, CutKept)]
     bench.push(2, 0, 0.0, 5.0)
-    only(Settled, bench.push(1, 0, 1.0, 0.0))
+    only(CutKept, bench.push(1, 0, 1.0, 0.0))
 
     assert [-1.0, 0.0] == bench.taken(3, 1)
     assert [-1.0, -5.0] == bench.weights
@@ -70,7 +70,7 @@ def test_a_step_that_has_begun_is_whole_in_a_cut() -> None:
     assert (1, 1) in only(Frozen, bench.ask(Freeze, 3, 1)).reached
     bench.ask(Settle, 3, 1, 0, ((1, 1), (2, 0)))
     bench.push(1, 0, 0.0, 1.0, advance=False)
-    only(Settled, bench.push(1, 0))
+    only(CutKept, bench.push(1, 0))
 
     assert [-1.0, -1.0] == bench.taken(3, 1)
 
@@ -100,7 +100,7 @@ def test_messages_may_come_twice_or_late() -> None:
     bench = Cutting()
     assert bench.ask(Freeze, 3, 1) == bench.ask(Freeze, 3, 1)
     settle = (Settle, 3, 1, 0, ((1, 0), (2, 0)))
-    assert [only(Settled, bench.ask(*settle))] == bench.ask(*settle)
+    assert [only(CutKept, bench.ask(*settle))] == bench.ask(*settle)
     bench.ask(Release, 3, 3, 1)
     assert "over" in only(NoCut, bench.ask(Freeze, 3, 1)).why
     assert "not kept" in only(NoCut, bench.ask(Take, 3, 3, 1, (0,))).why
@@ -144,7 +144,7 @@ def test_the_maker_and_the_dead_hold_nobody_up() -> None:
 
     bench.ask(Freeze, 1, 1)
     bench.ask(Settle, 1, 1, 0, ((1, 1), (2, 7)))
-    only(Settled, bench.view((1,)))
+    only(CutKept, bench.view((1,)))
 
     bench = Cutting()
     bench.push(2, 0, 1.0, 0.0)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.protocol import frames, rounds, schema, tasking
+from shoal.protocol import evaluating, frames, rounds, schema, tasking
 from shoal.protocol import messages as m
 from shoal.protocol.errors import ProtocolError
 from shoal.protocol.frames import MAX_BUFFER, MAX_BUFFERS, MAX_HEADER, buffer_count, decode, encode, payload_bytes
@@ -58,6 +58,11 @@ OF_KIND: dict[Any, st.SearchStrategy[Any]] = {
     rounds.Incarnations: several(u64),
     rounds.State: st.integers(0, 2),
     rounds.Names: several(text),
+    evaluating.Results: several(
+        st.builds(
+            evaluating.Evaluated, u32, text, text, st.integers(0, 2**63 - 1), u64, u32, u32, real, rows(text, real)
+        )
+    ),
     m.Members: several(st.builds(m.Member, u64, text, st.booleans())),
     tasking.Texts: several(text),
     tasking.LongTexts: several(text),

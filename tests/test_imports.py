@@ -39,6 +39,7 @@ ONLY = {
         "worker/loop.py",
         "worker/client.py",
         "worker/data.py",
+        "worker/evaluate.py",
         "worker/exchange.py",
         "worker/serving.py",
     },

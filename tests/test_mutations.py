@@ -20,6 +20,7 @@ from simnet import Faults
 from test_simulation import judge, play
 
 from shoal.protocol.effects import Effect, Received
+from shoal.protocol.evaluating import Sums
 from shoal.protocol.messages import Claim, Leased, Message, Pull, Push
 from shoal.ps.coordinator import Coordinator
 from shoal.ps.members import Life
@@ -158,6 +159,24 @@ class Skipping(Coordinator):
         return replace(answer, oldest=answer.epoch) if isinstance(answer, Leased) else answer
 
 
+class Twofold(Coordinator):
+    """The first part of an evaluation that is measured is given to somebody else as well."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        measured = self.evaluations._measured
+
+        def twice(said: Sums, now: float) -> bool:
+            for known in self.evaluations.sets.values():
+                run = known.running
+                if run is not None and not run.examples and said.lease in run.leased and not said.why:
+                    part = run.leased[said.lease]
+                    run.free.append((part.start, part.stop))
+            return measured(said, now)
+
+        self.evaluations._measured = twice  # type: ignore[method-assign]
+
+
 class Patient(Coordinator):
     """The dead are evicted three leases late."""
 
@@ -176,6 +195,10 @@ def once(cluster: Cluster) -> None:
 
 def cuts(cluster: Cluster) -> None:
     check_cuts(cluster.history)
+
+
+def evaluations(cluster: Cluster) -> None:
+    cluster.check_evaluations()
 
 
 def coverage(cluster: Cluster) -> None:
@@ -217,6 +240,11 @@ FAULTS: dict[str, tuple[dict[str, Any], Callable[[Cluster], None], str]] = {
     ),
     "a cut of several moments": ({"make_shard": Restless} | CUTS, cuts, "a cut at .* has step"),
     "a cut through a step": ({"make_shard": Halfway, "faults": Faults(delay=0.2)} | CUTS, cuts, "a cut at .* has step"),
+    "a part of an evaluation twice": (
+        {"make_coordinator": Twofold, "evaluations": 2, "job": Job(80, 4, 4, 1)},
+        evaluations,
+        "evaluation",
+    ),
     "data of the dead": ({"make_coordinator": Negligent}, coverage, "completed by nobody"),
 }
 

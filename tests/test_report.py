@@ -12,6 +12,8 @@ import pytest
 from shoal.launch.report import check_writable, human_bytes, number, rows, summarise, write
 from shoal.protocol.errors import ConfigError
 
+HELD = {"name": "test", "mode": "async", "clock": 20, "examples": 8, "means": {"correct": 0.75}}
+
 
 def status(**changed: Any) -> dict[str, Any]:
     """A cluster's last status: two workers, of which one had two lives, and two shards."""
@@ -23,6 +25,7 @@ def status(**changed: Any) -> dict[str, Any]:
         "data": [{"completed": 6, "lost": 1, "re_leased": 1}, {"completed": 4, "lost": 0, "re_leased": 0}],
         "logged": {"loss": 0.123456789, "diverged": None},
         "rounds": {"protection": "clear", "completed": 3, "abandoned": 1},
+        "evaluations": [HELD | {"clock": 10, "means": {"correct": 0.5}}, HELD],
     }  # fmt: skip
     return found | changed
 
@@ -37,6 +40,7 @@ def test_a_report_says_what_was_done() -> None:
         "completed_partitions": 10, "lost_partitions": 1, "re_leased_partitions": 1, "lost_workers": 0, "skipped_steps": 0,
         "retries": 4, "rejected": {}, "insecure": False, "logged": {"loss": 0.123456789, "diverged": None},
         "rounds": {"protection": "clear", "completed": 3, "abandoned": 1},
+        "evaluations": [HELD | {"clock": 10, "means": {"correct": 0.5}}, HELD],
     } == report  # fmt: skip
     assert (
         0.0 == summarise(status(seconds=0.0))["steps_per_second"]
@@ -52,6 +56,7 @@ def test_rows_for_people() -> None:
         ("pushed / pulled", "3.0 kB / 5.0 MB"),
         ("staleness seen", "0: 30%  1: 70%"),
         ("partitions", "10 completed, 1 lost, 1 leased again"),
+        ("held out: test", "correct 0.75  (clock 20, 8 examples)"),
         ("loss", "0.123457"),
         ("diverged", "nan"),
     ] == rows(summarise(status()))
@@ -60,7 +65,9 @@ def test_rows_for_people() -> None:
 
 def test_what_went_wrong_has_a_row() -> None:
     """Lost workers, steps left out, refused messages, no keys; in sync mode there is no bound to name."""
-    wrong = status(mode="sync", insecure=True, rejected={"garbage": 3, "handshake": 1}, data=[], logged={})
+    wrong = status(
+        mode="sync", insecure=True, rejected={"garbage": 3, "handshake": 1}, data=[], logged={}, evaluations=[]
+    )
     wrong["totals"] |= {"workers_lost": 2, "skipped": 5, "staleness": {}}
 
     assert [

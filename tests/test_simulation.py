@@ -20,7 +20,9 @@ SCHEDULES = int(os.environ.get("SHOAL_SCHEDULES", "1000"))
 KINDS = ("crash", "crash and restart", "stop", "cut", "join", "server")
 
 
-def play(seed: int, kinds: tuple[str, ...] = KINDS, cuts: int = 0, **overrides: object) -> Cluster:
+def play(
+    seed: int, kinds: tuple[str, ...] = KINDS, cuts: int = 0, evaluations: int = 0, **overrides: object
+) -> Cluster:
     """One random schedule: shape, faults and blows of these kinds all come from the seed."""
     dice = random.Random(seed)
     mode = dice.choice(("async", "async", "sync"))
@@ -60,6 +62,9 @@ def play(seed: int, kinds: tuple[str, ...] = KINDS, cuts: int = 0, **overrides: 
         cluster.piecemeal = True
         when, patience = cutting.uniform(0.2, 6.0), cutting.choice((0.5, 5.0, 60.0))
         sim.at(when, lambda patience=patience: cut(cluster, cutting, patience))
+    appraising = random.Random(seed + 5)
+    for _ in range(evaluations or (0 if overrides else appraising.choice((0, 0, 1, 2)))):
+        sim.at(appraising.uniform(0.5, 6.0), lambda: [app.appraise() for app in list(cluster.apps.values())])
     sim.at(30.0, lambda: setattr(sim, "quiet", True))
     return cluster
 
@@ -120,6 +125,7 @@ def judge(cluster: Cluster) -> None:
         check_once(cluster.history, cluster.final_values())
         check_cuts(cluster.history)
     check_coverage(cluster.history, job.length, job.epochs)
+    cluster.check_evaluations()
 
 
 @pytest.mark.parametrize("half", [0, 1])

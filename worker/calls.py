@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ..protocol.codecs import RAW
+from ..protocol.messages import Message
 from ..protocol.schema import Buffer, Buffers
 from ..protocol.secure.plan import Plan, Policy
 from .parley import Input
@@ -231,6 +232,14 @@ class DoneCalled:
 
 
 @dataclass(frozen=True, slots=True)
+class AskCalled:
+    """Ask the coordinator what `make(incarnation, request)` says. Resolved with the message that answers it."""
+
+    ticket: int
+    make: Callable[[int, int], Message]
+
+
+@dataclass(frozen=True, slots=True)
 class LogCalled:
     """Named numbers, for status and report."""
 
@@ -337,6 +346,7 @@ Call: TypeAlias = (
     | DeclareCalled
     | ClaimCalled
     | DoneCalled
+    | AskCalled
     | LogCalled
     | CloseCalled
     | Cancelled

@@ -43,6 +43,7 @@ from .buffers import Buffers
 from .checks import check_out, checked_name, wanted_names
 from .core import Core
 from .data import Partition
+from .evaluates import Evaluates
 from .exchange import Exchange, first_values
 from .loop import Loop, Ticket
 from .rounds import Round, Trainer
@@ -63,7 +64,7 @@ RAW_CODEC = Codec()
 MOST_LOGGED = 256
 
 
-class Worker(Versions):
+class Worker(Versions, Evaluates):
     """A worker, joined to a cluster. Made by `shoal.connect`; a context manager.
 
     Args:
@@ -114,6 +115,7 @@ class Worker(Versions):
         self._examples = 0.0
         self._step_examples: list[float] = []
         self._jobs = 0
+        self._evaluators, self._results = [], []
         self._logged: set[str] = set()
         self._refreshers: list[Callable[[], None]] = []
         self._arrivers: list[Callable[[float], None]] = []

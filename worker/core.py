@@ -24,10 +24,7 @@ from ..protocol.messages import (
     Ack,
     Claim,
     Cluster,
-    Completed,
-    Declared,
     Evicted,
-    Exhausted,
     Join,
     Leased,
     Leave,
@@ -48,7 +45,7 @@ from ..protocol.records import Place
 from ..protocol.schema import Buffer
 from . import calls
 from .calls import Call
-from .desk import RETRY, Ask, Desk, completion, declaration
+from .desk import ANSWERS, RETRY, Ask, Desk, completion, declaration, value_of
 from .failures import evicted_error, lost_error
 from .federation import KINDS as OF_ROUNDS
 from .federation import Federation
@@ -218,6 +215,9 @@ class Core:
 
         self._desk.add(Ask(call.ticket, make, lasting=True, idle=True, job=call.job))
 
+    def _ask(self, call: calls.AskCalled) -> None:
+        self._desk.add(Ask(call.ticket, call.make, lasting=True))
+
     def _processed(self, call: calls.DoneCalled) -> None:
         if call.lease.incarnation == self.incarnation:
             self._done.append((self.fleet.marks(), call))
@@ -283,7 +283,7 @@ class Core:
                 self.fleet.place(message.shards, self._now)
                 self._know(message)
                 self.fleet.fill(message.fill, message.epoch)
-            case Registered() | Declared() | Leased() | Exhausted() | Completed() | Left():
+            case _ if type(message) in ANSWERS:
                 self._answered(message)
 
     def _know(self, message: Welcome | Cluster) -> None:
@@ -361,7 +361,7 @@ class Core:
         self._baseline = self._confirmed
         self._begin()
 
-    def _answered(self, message: Registered | Declared | Leased | Exhausted | Completed | Left) -> None:
+    def _answered(self, message: Any) -> None:
         ask = self._desk.answered(message.request)
         if ask is None:
             return
@@ -370,8 +370,6 @@ class Core:
         match message:
             case Registered():
                 self._registered(message)
-            case Declared():
-                self._out.resolve(ask.ticket, message.size)
             case Leased():
                 self._declared[ask.job] = replace(self._declared[ask.job], epoch=message.oldest)
                 lease = calls.Lease(self.incarnation, message.lease, message.epoch, message.start, message.stop)
@@ -379,7 +377,7 @@ class Core:
             case Left():
                 self._left()
             case _:
-                self._out.resolve(ask.ticket, None)
+                self._out.resolve(ask.ticket, value_of(message))
 
     def _registered(self, message: Registered) -> None:
         self._registering = 0
@@ -559,6 +557,7 @@ _CALLS: dict[type[Call], Callable[[Core, Any], None]] = {
     calls.DeclareCalled: Core._declare,
     calls.ClaimCalled: Core._claim,
     calls.DoneCalled: Core._processed,
+    calls.AskCalled: Core._ask,
     calls.LogCalled: Core._log,
     calls.CloseCalled: Core._close,
     calls.Cancelled: Core._cancelled,

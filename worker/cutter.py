@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING
 
-from ..protocol.cuts import CutMessage, Freeze, Frozen, NoCut, Piece, Release, Settle, Settled, Take
+from ..protocol.cuts import CutKept, CutMessage, Freeze, Frozen, NoCut, Piece, Release, Settle, Take
 from ..protocol.errors import ServerLost, ShapeError
 from .calls import CutCalled, CutMade, CutReleased
 from .outgoing import Outgoing
@@ -45,7 +45,7 @@ class _Attempt:
     lives: dict[int, int]
     missing: dict[int, set[int]]
     frozen: dict[int, Frozen] = field(default_factory=dict)
-    settled: dict[int, Settled] = field(default_factory=dict)
+    settled: dict[int, CutKept] = field(default_factory=dict)
     asked_at: dict[int, float] = field(default_factory=dict)
     heard_at: dict[int, float] = field(default_factory=dict)
 
@@ -123,7 +123,7 @@ class Cutter:
             case Frozen():
                 attempt.frozen.setdefault(index, message)
                 attempt.asked_at[index] = -inf
-            case Settled() if not attempt.reading:
+            case CutKept() if not attempt.reading:
                 attempt.settled[index] = message
                 attempt.asked_at[index] = -inf
             case Piece(maker=maker) if maker == attempt.maker:
@@ -181,7 +181,7 @@ class Cutter:
         if call.maker:
             self._attempt = _Attempt(call.maker, call.number, now, lives, missing)
             for index, life in lives.items():  # another has made it: it is there, or it is not
-                self._attempt.settled[index] = Settled(self._incarnation, life, call.number, 0, 0, 0, 0)
+                self._attempt.settled[index] = CutKept(self._incarnation, life, call.number, 0, 0, 0, 0)
         else:
             self._numbers += 1
             self._attempt = _Attempt(self._incarnation, self._numbers, now, lives, missing)
@@ -241,7 +241,7 @@ class Cutter:
 
 
 def _made(attempt: _Attempt) -> CutMade:
-    settled: Iterable[Settled] = attempt.settled.values()
+    settled: Iterable[CutKept] = attempt.settled.values()
     clocks = dict(attempt.boundary()[1]) if attempt.frozen else {}
     return CutMade(
         attempt.maker,

@@ -116,6 +116,8 @@ class Partition:
         if worker._exchange.cache is not None:
             worker._loop.tell(calls.PauseCalled())
             worker._refresh()
+            for evaluator in worker._evaluators:
+                evaluator.conclude()
 
     def _passes(self) -> Iterator[Any]:
         """A pass over this worker's own data in each round, until so many are complete, or there are no more."""
@@ -148,6 +150,8 @@ class Partition:
                 yield self._take(self._indices(lease.epoch)[start:stop])
                 done = stop - lease.start
                 worker._loop.tell(calls.DoneCalled(lease, done, stop == lease.stop))
+                for evaluator in worker._evaluators:
+                    evaluator.step()
         finally:
             if done < lease.stop - lease.start:
                 worker._loop.tell(

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
-from ..protocol.messages import Complete, Declare, Message
+from ..protocol.evaluating import Apportioned, Assessed, Reviewed
+from ..protocol.messages import Complete, Completed, Declare, Declared, Exhausted, Leased, Left, Message, Registered
 from .calls import DeclareCalled
 
 RETRY = 1.0
+ANSWERS = frozenset({Registered, Declared, Leased, Exhausted, Completed, Left, Assessed, Apportioned, Reviewed})
+"""What the coordinator says to requests, beside refusals."""
 
 
 @dataclass(slots=True)
@@ -105,3 +108,10 @@ def declaration(call: DeclareCalled, ticket: int) -> Ask:
 def completion(lease: int, done: int) -> Ask:
     """So much of a lease is done, and no more will be."""
     return Ask(0, lambda incarnation, request: Complete(incarnation, request, lease, done), lasting=False)
+
+
+def value_of(answer: Message) -> object:
+    """What an answer says to whoever has asked."""
+    if isinstance(answer, Declared):
+        return answer.size
+    return None if isinstance(answer, Exhausted | Completed) else answer

@@ -14,7 +14,7 @@ from itertools import zip_longest
 from math import inf
 
 from ..protocol.codecs import RAW, size
-from ..protocol.cuts import Frozen, NoCut, Piece, Settled
+from ..protocol.cuts import CutKept, Frozen, NoCut, Piece
 from ..protocol.errors import ProtocolError, ServerLost, ShapeError
 from ..protocol.layout import Layout
 from ..protocol.messages import (
@@ -558,5 +558,5 @@ _ACTS: dict[type[Message], Callable[..., None]] = {
     Values: Fleet._values,
     Alive: Fleet._alive,
     Shared: lambda fleet, link, message, now: fleet.offers.answered(link, message),
-    **dict.fromkeys((Frozen, Settled, Piece, NoCut), lambda fleet, *heard: fleet.cutter.received(*heard)),
+    **dict.fromkeys((Frozen, CutKept, Piece, NoCut), lambda fleet, *heard: fleet.cutter.received(*heard)),
 }

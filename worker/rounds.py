@@ -228,6 +228,8 @@ class Trainer:
         """
         worker = self._worker
         self._names.update(metrics)
+        for evaluator in worker._evaluators:
+            self._names |= evaluator.names()
         worker._loop.tell(calls.PauseCalled())
         begun = self._enlist(policy, timeout)
         until = None if count is None else begun + count
@@ -237,6 +239,8 @@ class Trainer:
                 self.metrics.clear()
                 for begins in self.begins:
                     begins(round_)
+                for evaluator in worker._evaluators:
+                    self.metrics |= evaluator.of_round(round_.number)
                 try:
                     yield round_
                 finally:

@@ -65,7 +65,7 @@ class Answer:
 
     Attributes:
         outputs: as the model gave them. id: of the task. model, version: that answered. executor: where.
-        seconds: from the task's coming to the dispatcher to its answer.
+        seconds: from the task's coming to the dispatcher to its answer. privacy: the label of the task's data.
     """
 
     outputs: Value = field(repr=False)
@@ -75,6 +75,7 @@ class Answer:
     identity: str = field(repr=False)
     executor: str
     seconds: float
+    privacy: str
     key: tuple[int, int] = field(repr=False)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
@@ -103,10 +104,10 @@ class FedBack:
 class Pending:
     """A task that was submitted."""
 
-    __slots__ = ("_ticket",)
+    __slots__ = ("_privacy", "_ticket")
 
-    def __init__(self, ticket: Ticket) -> None:
-        self._ticket = ticket
+    def __init__(self, ticket: Ticket, privacy: str = "") -> None:
+        self._ticket, self._privacy = ticket, privacy
 
     def done(self) -> bool:
         """Is it answered, or has it failed? Does not wait."""
@@ -124,7 +125,7 @@ class Pending:
             WaitTimeout, ServerLost: there is no answer in time.
         """
         reply: Reply = self._ticket.result(timeout)
-        return _answer(reply)
+        return _answer(reply, self._privacy)
 
 
 class Client:
@@ -178,7 +179,7 @@ class Client:
         asked = Asked(
             0, kind, model, items, latency, quality, needs.privacy, float(needs.budget), float(needs.deadline)
         )
-        return Pending(self._loop.call(SubmitCalled, asked, payload))
+        return Pending(self._loop.call(SubmitCalled, asked, payload), needs.privacy)
 
     def feedback(
         self,
@@ -212,7 +213,7 @@ class Client:
             if not 0 <= value <= 1:
                 raise ConfigError(f"a reward of {value}", hint="from 0, of no use, to 1, right")
             values.append(Valued(*each.key, value))
-            buffers.append(pack(right) if right is not None else b"")
+            buffers.append(pack(right) if right is not None and not each.privacy else b"")
         unknown = 0
         for start in range(0, len(values), 512):
             part, of_part = tuple(values[start : start + 512]), tuple(buffers[start : start + 512])
@@ -443,12 +444,12 @@ class Client:
         self.close()
 
 
-def _answer(reply: Reply) -> Answer:
+def _answer(reply: Reply, privacy: str) -> Answer:
     told: Told = reply.told
     outputs = unpack(reply.output)
     name = _task_id(reply.owner, told.number)
     key = (reply.owner, told.number)
-    return Answer(outputs, name, told.model, told.version, told.identity, told.executor, told.seconds, key)
+    return Answer(outputs, name, told.model, told.version, told.identity, told.executor, told.seconds, privacy, key)
 
 
 def _task_id(owner: int, number: int) -> str:

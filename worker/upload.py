@@ -16,7 +16,7 @@ from math import inf
 import numpy as np
 
 from ..protocol.errors import ConfigError, ShapeError
-from ..protocol.federated import NORM
+from ..protocol.federated import NORM, SUM
 from ..protocol.join import SECAGG
 from ..protocol.rounds import Masked
 from ..protocol.schema import Buffer
@@ -137,7 +137,8 @@ class Encoder:
         for shard, each in enumerate(self.slices):
             self._make(shard, each.main)
         metrics = [float(self._given.metrics[name]) for name in self._plan.metrics]
-        lanes = auxiliary(self._weight, self._clipped, metrics, self._count)
+        summed = [name.startswith(SUM) for name in self._plan.metrics]
+        lanes = auxiliary(self._weight, self._clipped, metrics, self._count, summed)
         self._lane_masks.apply(lanes)
         for begin, each in zip(self._begins, self.slices, strict=True):
             self.memory[begin + each.main : begin + each.auxiliary] = 0

@@ -170,11 +170,14 @@ def average(total: Array, scale: Scale, clients: int, weight: float, out: Array)
         np.multiply(piece, factor, out=out[start : start + PIECE], dtype=np.float64, casting="unsafe")
 
 
-def auxiliary(weight: Ratio, clipped: int, metrics: Sequence[float], clients: int) -> Array:
+def auxiliary(
+    weight: Ratio, clipped: int, metrics: Sequence[float], clients: int, summed: Sequence[bool] = ()
+) -> Array:
     """What is summed beside an update: uint64, `LANES` and one for each metric.
 
     Args:
         clipped: elements that were cut off. metrics: of this client; averaged with its weight. clients: how many may be summed.
+        summed: which metrics are summed as they are; whole numbers are exact up to 2^50 over all clients.
 
     Raises:
         NonFiniteError: a metric is NaN or infinite.
@@ -182,7 +185,8 @@ def auxiliary(weight: Ratio, clipped: int, metrics: Sequence[float], clients: in
     most = ((1 << 63) - 1) // clients
     if not all(map(math.isfinite, metrics)):
         raise NonFiniteError("a metric is NaN or infinite")
-    scaled = [round(max(-most, min(most, metric * weight.units * METRIC))) for metric in metrics]
+    factors = [1 if plain else weight.units for plain in summed] or [weight.units] * len(metrics)
+    scaled = [round(max(-most, min(most, m * factor * METRIC))) for m, factor in zip(metrics, factors, strict=True)]
     return np.array([1, weight.units, weight.capped, clipped, *scaled], np.int64).view(np.uint64)
 
 
@@ -202,11 +206,12 @@ class Totals:
     metrics: tuple[float, ...]
 
 
-def totals(lanes: Array, clients: int, cap: float, elements: int) -> Totals:
+def totals(lanes: Array, clients: int, cap: float, elements: int, summed: Sequence[bool] = ()) -> Totals:
     """Read an unmasked sum of auxiliary vectors.
 
     Args:
         lanes: uint64. clients: how many should be in it. cap: the largest relative weight. elements: of the update.
+        summed: as in `auxiliary`.
 
     Raises:
         ProtocolError: `malformed`: no such sum can be: the masks did not cancel, or a client lies.
@@ -220,5 +225,7 @@ def totals(lanes: Array, clients: int, cap: float, elements: int) -> Totals:
         or not 0 <= found[CLIPPED] <= clients * elements
     ):
         raise ProtocolError("malformed", f"what was counted beside the sum is not of {clients} clients")
-    metrics = tuple(lane / METRIC / weight for lane in found[LANES:])
+    said = found[LANES:]
+    divisors = [1 if plain else weight for plain in summed] or [weight] * len(said)
+    metrics = tuple(lane / METRIC / divisor for lane, divisor in zip(said, divisors, strict=True))
     return Totals(clients, weight / UNIT, found[CAPPED], found[CLIPPED], metrics)
