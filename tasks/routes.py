@@ -27,7 +27,7 @@ MOST_ITEMS = 256
 MOST_BYTES = 4 * 1024 * 1024
 """Bytes in a batch of several tasks."""
 FIRST = 16
-"""Tasks in a batch of a version whose speed nobody knows."""
+"""Inputs in a batch of a version whose speed nobody knows."""
 SEVERAL = 64
 """Tasks that are assigned at once."""
 
@@ -40,6 +40,12 @@ class Going:
     identity: str
     items: list[Item] = field(default_factory=list)
     nbytes: int = 0
+    inputs: int = 0
+
+    def add(self, item: Item) -> None:
+        self.items.append(item)
+        self.nbytes += len(item.payload)
+        self.inputs += item.items
 
 
 @dataclass(slots=True)
@@ -130,18 +136,15 @@ class Planner:
             ]
             if self._split(waiting, group, plans, seats, same):
                 continue
-            going = self._with_room(same, seats, open_)
+            going = self._with_room(same, item, seats, open_)
             if going is None:
                 return
-            most = self._most(going, item)
-            if self._policy == THOMPSON:
-                most = 1
+            most = 1 if self._policy == THOMPSON else MOST_ITEMS
             took = 0
             while group and took < most and self._fits(going, group[0]):
                 each = waiting.take(group)
                 each.reason = plan.reason
-                going.items.append(each)
-                going.nbytes += len(each.payload)
+                going.add(each)
                 took += 1
             self._rollout.counted(plan.candidate.card, took)
 
@@ -160,7 +163,7 @@ class Planner:
         return found or able
 
     def _with_room(
-        self, same: list[Candidate], seats: dict[str, Seat], open_: dict[tuple[str, str], Going]
+        self, same: list[Candidate], item: Item, seats: dict[str, Seat], open_: dict[tuple[str, str], Going]
     ) -> Going | None:
         """The batch that a task of this version goes into: of who would be done first."""
         best: tuple[float, int, Going] | None = None
@@ -173,7 +176,7 @@ class Planner:
                 if not seat.room or begun + len(seat.batches) >= 2:
                     continue
                 going = Going(seat, identity)
-            elif len(going.items) >= self._size(going):
+            elif not self._fits(going, item):
                 continue
             rank = (each.seconds + queued * each.seconds / max(1, len(seat.batches) + 1), number, going)
             if best is None or rank[:2] < best[:2]:
@@ -184,18 +187,15 @@ class Planner:
         open_.setdefault((going.seat.name, going.identity), going)
         return going
 
-    def _size(self, going: Going) -> int:
-        """Tasks of one input that a batch may hold."""
+    def _fits(self, going: Going, item: Item) -> bool:
+        """Is there room in this batch? A first task always has."""
+        if not going.items:
+            return True
         card = self.card(going.identity)
         seconds = going.seat.takes(going.identity, card.cost.latency if card else 0.0)
-        return min(MOST_ITEMS, max(1, int(self._linger / seconds))) if seconds > 0 else FIRST
-
-    def _most(self, going: Going, item: Item) -> int:
-        return max(1, self._size(going) // max(1, item.items) - len(going.items))
-
-    @staticmethod
-    def _fits(going: Going, item: Item) -> bool:
-        return not going.items or going.nbytes + len(item.payload) <= MOST_BYTES
+        inputs = self._linger / seconds if seconds > 0 else FIRST
+        within = going.inputs + item.items <= inputs and len(going.items) < MOST_ITEMS
+        return within and going.nbytes + len(item.payload) <= MOST_BYTES
 
     # --- large tasks
 
@@ -230,7 +230,7 @@ class Planner:
         item.reason = f"{idle[0].card}: split over {', '.join(f'{c.executor.name} ({n})' for c, n in parts)}"
         for number, ((each, _), payload) in enumerate(zip(parts, payloads, strict=True)):
             part = Item(item.id, item.asked, payload, item.came, item.until, 0, parcel, number)
-            plans.batches.append(Going(seats[each.executor.name], identity, [part], len(payload)))
+            plans.batches.append(Going(seats[each.executor.name], identity, [part], len(payload), part.items))
         self._rollout.counted(idle[0].card, 1)
         return True
 
@@ -263,7 +263,7 @@ class Planner:
                     (plan.candidate.executor.name, plan.candidate.card.identity),
                     Going(seats[plan.candidate.executor.name], plan.candidate.card.identity),
                 )
-                going.items.append(item)
+                going.add(item)
                 chosen.append(item)
         waiting.drop(chosen)
 

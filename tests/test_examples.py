@@ -27,6 +27,15 @@ PROMISES = {
         (r"three copies of left: vote ([0-9.]+)", 0.85, 0.94),
         (r"and ([0-9.]+)% of the inputs went", 1, 60),
     ],
+    "flow_distributed.py": [
+        (r"version 1: accuracy ([0-9.]+)", 0.7, 1.0),
+        (r"version 2: accuracy ([0-9.]+) on what came", 0.6, 1.0),
+        (r"version (2) is promoted", 2, 2),
+    ],
+    "flow_federated.py": [
+        (r"version 1: AUC ([0-9.]+)", 0.75, 1.0),
+        (r"version 2: AUC ([0-9.]+)", 0.75, 1.0),
+    ],
     "heart_disease.py": [(r"federated .*: AUC ([0-9.]+)", 0.84, 1.0), (r"([+-][0-9.]+) from the union's", -0.01, 0.05)],
     "linear_regression.py": [(r"largest difference from the exact solution ([0-9.]+)", 0.0, 0.02)],
     "population.py": [(r"member [0-3]: accuracy ([0-9.]+)", 0.9, 1.0)],
@@ -132,11 +141,25 @@ def test_the_patients_are_those() -> None:
     assert 509 == y.sum()
 
 
-@pytest.mark.parametrize("command", ["-n 2 --servers 2 examples/shared_encoder.py", "-n 4 examples/population.py"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "-n 2 --servers 2 examples/shared_encoder.py",
+        "-n 4 examples/population.py",
+        "-n 2 --servers 2 examples/flow_distributed.py --made-up 1",
+    ],
+)
 def test_jobs_that_share(command: str) -> None:
     """Workers with work of their own on one cluster."""
     out, _ = run("-m", "shoal.cli", "run", *command.split())
-    check(command.rpartition("/")[2], out)
+    check(command.rpartition("/")[2].split()[0], out)
+
+
+def test_the_federated_flow() -> None:
+    """With patients that do not exist where the data are not fetched; no hospital's patients are answered elsewhere."""
+    out, _ = run("examples/flow_federated.py", *([] if FETCHED else ["--made-up", "1"]))
+    check("flow_federated.py", out)
+    assert "each answered at home: True" in out
 
 
 @pytest.mark.parametrize(
