@@ -33,10 +33,11 @@ def opens(phases: Phases, clock: int) -> int:
 
 
 def closed(phases: Phases, step: int) -> int:
-    """Below which clock steps that are averaged are in the weights of a shard whose open step is `step`; 0 if none are."""
+    """Below which clock steps that are averaged are in the weights of a shard whose open step is `step`. What was averaged before
+    the phases that are known is."""
     averaged = [n for n, phase in enumerate(phases) if phase.mode == "sync"]
     if not averaged:
-        return 0
+        return phases[0].clock if phases else 0
     last = averaged[-1] + 1
     step = max(step, phases[averaged[0]].clock)
     return min(step, phases[last].clock) if last < len(phases) else step

@@ -32,6 +32,9 @@ from shoal.protocol.effects import (
 )
 from shoal.protocol.frames import decode, encode
 
+MOST_HURRIED = 10_000
+"""More is no haste but a loop: where it is real, it takes a core."""
+
 
 @dataclass(frozen=True)
 class Faults:
@@ -53,6 +56,8 @@ class Node:
         self.stopped = False
         self.tick_at = -1.0
         self.held: list[Any] = []
+        self.hurried = 0
+        """Events in a row after which it wanted a tick at once."""
         self.on_effect: Callable[[Any, float], None] = lambda effect, now: None
 
 
@@ -184,6 +189,8 @@ class Sim:
         self.at(self.now + self.random.uniform(0.0, 2 * self.faults.delay), go_on)
 
     def _schedule_tick(self, node: Node) -> None:
+        node.hurried = node.hurried + 1 if node.core.wake_at <= self.now else 0
+        assert node.hurried < MOST_HURRIED, f"{node.name} wants ticks without an end"
         wake = max(node.core.wake_at, self.now + 1e-6)
         if wake == inf or self.now < node.tick_at <= wake:
             return

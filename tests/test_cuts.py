@@ -180,6 +180,8 @@ def test_closed_steps(modes: tuple[str, ...], step: int, expected: int) -> None:
     """Which averaged steps are in the weights follows from the open step and the phases."""
     phases = tuple(Phase(5 * number, mode, 0.0) for number, mode in enumerate(modes))
     assert expected == closed(phases, step)
+    later = tuple(Phase(5 * number, "async", 0.0) for number in (3, 4))
+    assert 15 == closed(later, step)
 
 
 # --- real processes

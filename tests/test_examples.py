@@ -45,6 +45,12 @@ PROMISES = {
         (r"begun apart: soup ([0-9.]+)", 0.0, 0.93),
         (r"60 labels: student ([0-9.]+)", 0.9, 1.0),
     ],
+    "shift.py": [
+        (r"right before the turn +([0-9.]+)", 0.85, 1.0),
+        (r"until it was mended +([0-9.]+)", 0.0, 0.3),
+        (r"right afterwards +([0-9.]+)", 0.75, 1.0),
+        (r"promoted: rewards fell .* at reward ([0-9]+), noticed", 380, 420),
+    ],
     "public_then_private.py": [
         (r"test accuracy ([0-9.]+) after the public", 0.5, 0.75),
         (r"test accuracy ([0-9.]+) after rounds", 0.9, 1.0),
@@ -163,7 +169,14 @@ def test_the_federated_flow() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["digits_skewed.py --rounds 3", "public_then_private.py", "ensemble.py", "soup_and_student.py"]
+    "command",
+    [
+        "digits_skewed.py --rounds 3",
+        "public_then_private.py",
+        "ensemble.py",
+        "soup_and_student.py",
+        "shift.py --rate 400",
+    ],
 )
 def test_an_example_with_a_cluster_of_its_own(command: str) -> None:
     """Started by python, with workers in threads."""

@@ -19,7 +19,19 @@ import shoal
 from shoal.launch.improve import Improving, improve, measured
 from shoal.protocol.errors import ConfigError, ServerLost, WaitTimeout
 from shoal.tasks.card import Card
-from shoal.tasks.improve import FAILED, NOT_BETTER, OVERTAKEN, PROMOTED, RESTING, TRAINING, WATCHING, Rule, is_held_out
+from shoal.tasks.improve import (
+    FAILED,
+    NOT_BETTER,
+    OVERTAKEN,
+    PROMOTED,
+    RESTING,
+    TRAINING,
+    WATCHING,
+    Overtaken,
+    Promote,
+    Rule,
+    is_held_out,
+)
 from shoal.worker.taskclient import FedBack
 
 SOON = Rule(drift=None, every=40, examples=40, rest=0.05, margin=0.05)
@@ -34,11 +46,13 @@ class ListedClient:
         self.rows: list[FedBack] = []
         self.promoted = 0
         self.away = False
+        self.asked = 0
         self.whys: list[str] = []
         self.publish("m", {"w": torch.tensor([0.0])}, {"m": {"quality": 0.5}}, data=("site:a",))
         self.promoted = 1
 
     def model(self, name: str, timeout: float | None = None) -> dict[str, Any]:
+        self.asked += 1
         if self.away:
             raise ServerLost("the dispatcher is away")
         if name != "m":
@@ -155,7 +169,10 @@ def test_somebody_else_promotes_while_it_trains() -> None:
         client.promoted = 2
         go.set()
         (outcome,) = improving.wait(timeout=20)
-    assert (OVERTAKEN, 2) == (outcome.end, client.promoted)
+        assert (OVERTAKEN, 2) == (outcome.end, client.promoted)
+        late = Promote(1, client.cards[0].identity, 3, "it was the better one, then")
+        assert Overtaken(1) == improving._promote(late), "looked at again, just before"
+    assert 2 == client.promoted
 
 
 def test_a_dispatcher_that_is_away_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
@@ -170,6 +187,28 @@ def test_a_dispatcher_that_is_away_is_waited_for(caplog: pytest.LogCaptureFixtur
         client.away = False
         assert PROMOTED == improving.wait(timeout=20)[0].end
     assert 1 == caplog.text.count("cannot be read for now")
+
+
+def test_training_that_ends_while_the_dispatcher_is_away() -> None:
+    """Counts when it is back; meanwhile it is asked for as often as was said, and not in circles."""
+    client = ListedClient()
+    go = threading.Event()
+
+    def slow(weights: dict[str, torch.Tensor], examples: list[FedBack]) -> dict[str, torch.Tensor]:
+        go.wait(20)
+        return train(weights, examples)
+
+    with start(client, train=slow, poll=0.1) as improving:
+        client.feed(40)
+        until(lambda: improving.state == TRAINING)
+        client.away = True
+        go.set()
+        until(lambda: improving._done)
+        asked = client.asked
+        threading.Event().wait(0.3)
+        assert client.asked - asked < 10
+        client.away = False
+        assert PROMOTED == improving.wait(timeout=20)[0].end
 
 
 def test_what_is_said_again_of_a_task_is_heard_once() -> None:
@@ -197,6 +236,8 @@ def test_private_feedback_is_not_asked_for() -> None:
     qualities = iter((0.2, 0.8))
     with start(client) as open_one:
         client.feed(60, kept=False)
+        client.feed(5)
+        until(lambda: open_one._after == 65)
         with start(
             client,
             private=True,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,6 +231,29 @@ def test_what_a_crash_tears_is_dropped_when_that_is_said(
         assert [*said, *more, "next"] == rows(kept)
         salts = [piece for piece in pieces(path(kept).read_bytes()) if piece[:4] == b"\xff" * 4]
         assert len(set(salts)) == len(salts) and salts[-1] not in whole
+
+
+def test_a_writer_that_is_killed_loses_nothing_that_it_was_told_is_kept(tmp_path: Path) -> None:
+    """A process that appends, ended with SIGKILL wherever it is: what it had said is there, and at most a little more."""
+    code = (
+        "import sys; from shoal.worker.vault import Vault\n"
+        "with Vault(sys.argv[1], sys.argv[2]).open('x') as kept:\n"
+        "    while True:\n"
+        "        kept.append([len(kept), bytes(20_000)]); print(len(kept), flush=True)"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "v"), str(tmp_path / "key")]
+    said = 0
+    for _ in range(2):
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE)
+        assert process.stdout
+        for _ in range(30):
+            said = int(process.stdout.readline())
+        process.kill()
+        process.stdout.close()
+        process.wait()
+        with Vault(tmp_path / "v", tmp_path / "key").open("x", drop_torn=True) as kept:
+            assert len(kept) >= said
+            assert [number for number, _ in kept] == list(range(len(kept)))
 
 
 def test_a_crash_at_the_making(kept: Vault) -> None:

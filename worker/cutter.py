@@ -93,7 +93,7 @@ class Cutter:
 
     def begin(self, incarnation: int) -> None:
         """A new life of the worker."""
-        self._incarnation, self._numbers, self._attempt = incarnation, 0, None
+        self._incarnation, self._numbers, self._attempt, self.wake_at = incarnation, 0, None, inf
 
     def called(self, call: CutCalled | CutReleased) -> None:
         if isinstance(call, CutCalled):
@@ -109,7 +109,7 @@ class Cutter:
             self._calls.remove(call)
 
     def fail(self, error: Exception) -> None:
-        self._attempt = None
+        self._attempt, self.wake_at = None, inf
         while self._calls:
             self._out.fail(self._calls.popleft().ticket, error)
 
