@@ -86,6 +86,8 @@ class MemoryLibrary:
         return []
 
     def piece(self, weights: str, offset: int) -> tuple[int, bytes]:
+        if weights not in self.bytes:
+            raise ConfigError("there are no such weights")
         return len(self.bytes[weights]), self.bytes[weights][offset : offset + 64]
 
     def take(self, weights: str, total: int, offset: int, piece: Any) -> int:

@@ -139,7 +139,7 @@ class Executor:
     ) -> None:
         self.incarnation, self.name = incarnation, name
         self._who = tuple(models), data is None, tuple(data or ()), price
-        self._memory = memory
+        self._memory = float(memory)
         self._finder = Finder(coordinator)
         self._coming: dict[str, _Coming] = {}
         self._ready: dict[str, Card] = {}
