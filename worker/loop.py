@@ -328,7 +328,7 @@ class Loop:
         error: BaseException | None = None
         while True:
             with self._gate:
-                if not self._left or self._broken is not None:
+                if not self._left or self._closed or self._broken is not None:
                     self._driver = 0
                     self._driven_at = time.monotonic()
                     if self._queue or self._waiters:
