@@ -65,11 +65,11 @@ bench-peers: .peers/bin/shoal  ## the same beside torch RPC, Ray, gloo and raw Z
 bench-federated: .peers/bin/shoal  ## masked rounds beside Flower's, and 10,000 clients simulated
 	.peers/bin/shoal bench federated --save docs/federated
 
-bench-tasks: .peers/bin/shoal  ## small tasks per second, beside Ray actors
-	.peers/bin/shoal bench tasks
-
 bench-growth: $(BIN)/shoal  ## time, memory and idle load as shards, workers, tensors and bytes grow; a thousand workers are simulated
 	$(BIN)/shoal bench growth
+
+bench-tasks: .peers/bin/shoal  ## small tasks a second beside Ray actors, and how long each waits
+	.peers/bin/shoal bench tasks --save docs/tasks
 
 clean:                   ## everything that was made here
 	rm -rf $(VENV) .peers .typing build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -395,25 +395,6 @@ def growth(only: str, repeat: int, as_json: bool, plot: str) -> int:
     return measure(only, repeat, as_json, plot)
 
 
-@bench.command("tasks")
-@click.option(
-    "--repeat", default=5, show_default=True, type=click.IntRange(1), help="Turns of each; medians are printed."
-)
-@click.option("--count", default=20_000, show_default=True, type=click.IntRange(100), help="Tasks of a turn.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def bench_tasks(repeat: int, count: int, as_json: bool) -> int:
-    """Small tasks per second with two executors, and how long one takes at half that rate; beside Ray where it is installed.
-
-    \b
-    Examples:
-    shoal bench tasks
-    make bench-tasks
-    """
-    from .bench.tasks import main as measure
-
-    return measure(repeat, count, as_json)
-
-
 @bench.command()
 @click.option("--only", default="", metavar="PART,…", help="Some of: client,sum,rounds,scale.")
 @click.option(
@@ -432,6 +413,26 @@ def federated(only: str, repeat: int, as_json: bool, save: str) -> int:
     from .bench.federated import main as measure
 
     return measure(only, repeat=repeat, as_json=as_json, save=save)
+
+
+@bench.command("tasks")
+@click.option(
+    "--repeat", default=5, show_default=True, type=click.IntRange(1), help="Turns of each; medians are printed."
+)
+@click.option("--seconds", default=3.0, show_default=True, type=click.FloatRange(0.1), help="Of a turn.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--save", default="", metavar="PATH", help="Write PATH.json, too.")
+def bench_tasks(repeat: int, seconds: float, as_json: bool, save: str) -> int:
+    """Small tasks a second, and how long each waits at half of that; beside Ray actors where Ray is installed.
+
+    \b
+    Examples:
+    shoal bench tasks --seconds 1
+    make bench-tasks
+    """
+    from .bench.tasks import main as measure
+
+    return measure(repeat, seconds, as_json, save)
 
 
 def joining(given: str | None, needed: bool = False) -> str:

@@ -17,22 +17,21 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import click
-import psutil  # type: ignore[import-untyped]
 
 from ..protocol.errors import ConfigError, ShoalError
 from .peertable import OURS, draw, show
 from .pushpull import machine, read_sizes
 from .rivals import CONTESTANTS
-from .seats import Seat, kept
+from .seats import Seat
 from .table import size_text
+from .turns import Others, opened, rotated, short
 
 SIZES = (400, 40_000, 4_000_000, 100_000_000)
 WARM_UP = 2
@@ -110,8 +109,8 @@ def measured(
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, BYTES_OF_ROUNDS // nbytes))
     taken: dict[str, list[dict[str, list[float]]]] = {name: [] for name in contestants}
     versions: dict[str, str] = {}
-    pushes, idle, others = {}, {}, _Others()
-    with _field() as field:
+    pushes, idle, others = {}, {}, Others()
+    with opened() as field:
         for name, command in contestants.items():
             with field.excused(name):
                 seat = field.enter(name, command)
@@ -122,7 +121,7 @@ def measured(
                 idle[name] = _idle(seat, look)
                 seat.rest()
         for repetition in range(WARM_UP + repeat):
-            for name in _rotated(list(field.seats), repetition):
+            for name in rotated(list(field.seats), repetition):
                 with field.excused(name, f", in turn {repetition + 1}"):
                     with others.beside(field.seats[name]):
                         taken[name].append(field.seats[name].ask({"rounds": rounds}, turn))
@@ -137,9 +136,9 @@ def measured(
     return {
         "bytes": nbytes,
         "rounds": rounds,
-        "others": _short(others.cores),
+        "others": short(others.cores),
         "contestants": {
-            name: _figures(taken[name][WARM_UP:]) | {"idle": _short(idle[name]), "pushes": pushes[name]}
+            name: _figures(taken[name][WARM_UP:]) | {"idle": short(idle[name]), "pushes": pushes[name]}
             for name in contestants
             if name in pushes
         },
@@ -148,60 +147,13 @@ def measured(
     }
 
 
-class _Field:
-    """Those who still take part, and why the others do not."""
-
-    def __init__(self, mark: str, folder: Path) -> None:
-        self._mark, self._folder = mark, folder
-        self.seats: dict[str, Seat] = {}
-        self.without: dict[str, str] = {}
-
-    def enter(self, name: str, command: Sequence[str]) -> Seat:
-        """Starts a contestant."""
-        number = str(len(self.seats) + len(self.without))
-        folder = self._folder / number
-        folder.mkdir()
-        self.seats[name] = Seat(command, f"{self._mark}.{number}", folder)
-        return self.seats[name]
-
-    @contextmanager
-    def excused(self, name: str, when: str = "") -> Iterator[None]:
-        """Who fails within is ended, with the reason, and the rest goes on."""
-        try:
-            yield
-        except ShoalError as error:
-            self.without[name] = f"{error}{when}"
-            self.seats.pop(name).close(kill=True)
-
-
-@contextmanager
-def _field() -> Iterator[_Field]:
-    with kept() as (mark, folder):
-        field = _Field(mark, folder)
-        try:
-            yield field
-        finally:
-            for seat in field.seats.values():
-                seat.close(kill=True)
-
-
-def _rotated(names: list[str], by: int) -> list[str]:
-    at = by % len(names) if names else 0
-    return [*names[at:], *names[:at]]
-
-
 def _figures(turns: list[dict[str, list[float]]]) -> dict[str, Any]:
     found = {}
     for way in ("push", "pull", "view", "step"):
         if medians := [median(turn[way]) for turn in turns if way in turn]:
             figures = {"seconds": median(medians), "fastest": min(medians), "slowest": max(medians)}
-            found[way] = {name: _short(seconds) for name, seconds in figures.items()}
+            found[way] = {name: short(seconds) for name, seconds in figures.items()}
     return found
-
-
-def _short(number: float) -> float:
-    """Four digits that count: the rest is noise."""
-    return float(f"{number:.4g}")
 
 
 def _idle(seat: Seat, seconds: float) -> float:
@@ -214,31 +166,6 @@ def _idle(seat: Seat, seconds: float) -> float:
         if least < LITTLE:
             break
     return least
-
-
-class _Others:
-    """Cores that the rest of the machine keeps busy while contestants have their turns."""
-
-    def __init__(self) -> None:
-        self._busy = self._seconds = 0.0
-
-    @property
-    def cores(self) -> float:
-        """The mean over all turns."""
-        return max(0.0, self._busy / self._seconds) if self._seconds else 0.0
-
-    @contextmanager
-    def beside(self, seat: Seat) -> Iterator[None]:
-        """Counts what the machine does within, but for the contestant and this process."""
-        used, started = _machine_seconds() - seat.cpu_seconds() - time.process_time(), time.perf_counter()
-        yield
-        self._seconds += time.perf_counter() - started
-        self._busy += _machine_seconds() - seat.cpu_seconds() - time.process_time() - used
-
-
-def _machine_seconds() -> float:
-    times = psutil.cpu_times()
-    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 
 
 def need_matplotlib() -> None:

@@ -1,234 +1,193 @@
-"""`shoal bench tasks`: small tasks per second, and how long one takes at 2,500 of them, beside Ray actors doing the same work.
+"""`shoal bench tasks`: small tasks a second, and how long each waits at half of that; shoal beside Ray actors, in one run.
 
-The same work for all: a client in one process, two executors in two others; a task is one row of 16 float32, a model one layer of
-16 to 4. `python -m shoal.bench.tasks NAME COUNT` is one contestant's client; it prints its seconds as JSON.
-- `shoal`: tasks are kept on disk before they are taken, and answered by any executor.
-- `ray`: actors, called in turns, a call a task. `ray, batched`: by calls of 64 tasks, which the caller must put together.
+What is timed, and who takes part, says `shoal.bench.taskrivals`.
 
 Rules
-- Contestants have their turns one after the other, in processes of their own, alternating; medians of turns.
-- Latency is taken at `STEADY` tasks a second, or half of what the contestant has reached if that is less, spread evenly.
-- Who is not installed is left out, and the report says so.
+- Turns as `shoal.bench.turns` has them. First all at full speed; then all at rates that follow from that: each at half of its own,
+  all at half of the slowest one's, and at half of the aim where they can.
+- What is printed is the median of the turns. The first turn is a warm-up.
+- Every answer must be right: who has given a wrong one has no figures.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from math import inf
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import click
-import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from ..launch.cluster import LocalCluster
-from ..launch.connect import connect
 from ..protocol.errors import ShoalError
 from .pushpull import machine
 from .table import PLAIN_WIDTH, time_text
+from .taskrivals import CONTESTANTS, EXECUTORS, WINDOW
+from .turns import Field, Others, opened, rotated, short
 
-NAMES = ("shoal", "ray", "ray, batched")
-COUNT, EXECUTORS, WIDTH, CLASSES, TOGETHER = 20_000, 2, 16, 4, 64
-PATIENCE = 600.0
-STEADY = 2500.0
-Submit = Callable[[list[Any]], Callable[[], Any]]
-"""Begins tasks, and gives what waits for all of them."""
+OURS = "shoal"
+TITLES = {"shoal": "shoal", "ray": "Ray actors", "ray-together": "Ray actors, 64 a call"}
+AIM, AIM_P99 = 5000.0, 0.020
+"""Tasks a second with two executors on two cores, and seconds to 99 % of the answers at half of that."""
+WARM_UP = 1
+START, PATIENCE = 180.0, 120.0
+"""Seconds that a contestant has to begin, and for a turn beside the seconds of it."""
 
-_EXECUTOR = """
-import sys, shoal
-with shoal.connect(name=sys.argv[1]) as worker, worker.serve({"m": lambda held, x: x @ held["w"].numpy()}):
-    print(flush=True)
-    sys.stdin.read()
-"""
+Commands = Mapping[str, Sequence[str]]
+Found = dict[str, Any]
 
 
-def main(repeat: int = 5, count: int = COUNT, as_json: bool = False) -> int:
-    """Measure, and print. Returns the exit code.
+def main(repeat: int = 5, seconds: float = 3.0, as_json: bool = False, save: str = "") -> int:
+    """Measure, and print.
 
     Args:
-        repeat: turns of each. count: tasks of a turn.
+        repeat: turns of each that count. seconds: of a turn. save: a path for the JSON, without its ending; empty for none.
+
+    Raises:
+        ShoalError: shoal itself has failed; what was found of the others is printed before.
     """
-    report: dict[str, Any] = {"machine": machine(), "repeat": repeat, "tasks": count, "executors": EXECUTORS}
-    names = [name for name in NAMES if name == "shoal" or _has_ray()]
-    rates: dict[str, list[float]] = {name: [] for name in names}
-    times: dict[str, list[list[float]]] = {name: [] for name in names}
-    for turn in range(repeat):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            click.echo(f"turn {turn + 1} of {repeat}: {name}", err=True)
-            rate, taken = _turn(name, count)
-            rates[name].append(rate)
-            times[name].append(taken)
-    report["contestants"] = {
-        name: {
-            "rate": median(rates[name]),
-            **{f"p{share}": median(float(np.percentile(each, share)) for each in times[name]) for share in (50, 99)},
-        }
-        for name in names
+    report: Found = {
+        "machine": machine(),
+        "executors": EXECUTORS,
+        "window": WINDOW,
+        "repeat": repeat,
+        "seconds": seconds,
     }
+    report |= measured(repeat, seconds, commands())
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
-        _show(report)
+        show(report)
+    if save:
+        Path(save).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    if OURS in report["without"]:
+        raise ShoalError(f"shoal itself has no figures: {report['without'][OURS]}")
     return 0
 
 
-def _show(report: dict[str, Any]) -> None:
+def commands() -> Commands:
+    """What runs each contestant."""
+    return {name: (sys.executable, "-P", "-m", "shoal.bench.taskrivals", name) for name in CONTESTANTS}
+
+
+def measured(repeat: int, seconds: float, contestants: Commands, start: float = START) -> Found:
+    """All of it.
+
+    Args:
+        contestants: commands by name, each as `shoal.bench.seats` wants it. start: seconds that each has to begin.
+
+    Returns:
+        `contestants`: by name `tasks_per_s`, as the median, least and most of the turns; `rates`, a list of `rate`, `p50`, `p99`
+        and `most`, seconds, medians of the turns; `tasks` that were checked. `without`: who has no figures, and why.
+        `others`, cores that the rest of the machine used; `versions` of what was loaded.
+    """
+    versions: dict[str, str] = {}
+    found: dict[str, Found] = {}
+    others = Others()
+    with opened() as field:
+        for name, command in contestants.items():
+            with field.excused(name):
+                said = field.enter(name, command).answer(start)
+                if "ready" not in said:
+                    raise ShoalError(str(said.get("absent", said)))
+                versions |= said.get("versions", {})
+                field.seats[name].rest()
+        speeds = _turns(field, others, repeat, seconds, {name: [0.0] for name in field.seats})
+        for name in field.seats:
+            each = [turn["tasks_per_s"] for turn in speeds[name, 0.0]]
+            figures = {"median": median(each), "least": min(each), "most": max(each)}
+            found[name] = {"tasks_per_s": {of: short(value) for of, value in figures.items()}, "rates": []}
+        slowest = min((each["tasks_per_s"]["median"] for each in found.values()), default=inf)
+        rates = {name: _rates(each["tasks_per_s"]["median"], slowest) for name, each in found.items()}
+        paced = _turns(field, others, repeat, seconds, rates)
+        for name in list(found):
+            if name not in field.seats:
+                del found[name]
+                continue
+            for rate in rates[name]:
+                turns = paced[name, rate]
+                figures = {of: short(median(turn[of] for turn in turns)) for of in ("p50", "p99", "most")}
+                found[name]["rates"].append({"rate": rate, **figures})
+            taken = [turn for (of, _), turns in (speeds | paced).items() if of == name for turn in turns]
+            found[name]["tasks"] = sum(turn["tasks"] for turn in taken)
+            field.seats.pop(name).close()
+    return {"contestants": found, "without": field.without, "others": short(others.cores), "versions": versions}
+
+
+def _rates(own: float, slowest: float) -> list[float]:
+    """Tasks a second that one is asked for, the fewest first."""
+    wanted = {short(own / 2), short(slowest / 2)} | ({AIM / 2} if own > AIM / 2 else set())
+    return sorted(wanted)
+
+
+def _turns(
+    field: Field, others: Others, repeat: int, seconds: float, rates: Mapping[str, Sequence[float]]
+) -> dict[tuple[str, float], list[Found]]:
+    """What each has found at each of its rates, by turn."""
+    taken: dict[tuple[str, float], list[Found]] = {(name, rate): [] for name, each in rates.items() for rate in each}
+    for turn in range(WARM_UP + repeat):
+        for name in rotated(list(field.seats), turn):
+            with field.excused(name, f", in turn {turn + 1}"):
+                seat = field.seats[name]
+                for rate in rates[name]:
+                    with others.beside(seat):
+                        said = seat.ask({"rate": rate, "seconds": seconds, "seed": turn}, seconds + PATIENCE)
+                    if said["wrong"]:
+                        raise ShoalError(f"{said['wrong']} of {said['tasks']} answers were wrong")
+                    if turn >= WARM_UP:
+                        taken[name, rate].append(said)
+                seat.rest()
+    return taken
+
+
+def show(report: Found) -> None:
+    """Print a report to standard output."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
+    known = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    about = report["machine"]
+    console.print(Text(f"{about['cpus']} CPUs, {about['platform']}\nPython {about['python']}, {known}"))
+    console.print(
+        Text(
+            f"{report['executors']} executors, tasks of one row; at full speed {report['window']} under way, then tasks that come "
+            f"by themselves; medians of {report['repeat']} turns of {report['seconds']:g} s\n"
+        )
+    )
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for number, column in enumerate(("tasks", "a second", "at 2,500 a second: median", "99 of 100")):
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for name, found in report["contestants"].items():
-        table.add_row(name, f"{found['rate']:,.0f}", time_text(found["p50"]), time_text(found["p99"]))
-    console.print(table)
-    if len(report["contestants"]) == 1:
-        console.print("Ray is not installed here: make bench-tasks installs it in a place of its own")
+    for number, head in enumerate(("", "tasks/s", "least to most", "at", "median", "99 %", "most")):
+        table.add_column(head, justify="right" if number else "left", no_wrap=True)
+    for name, figures in report["contestants"].items():
+        speed = figures["tasks_per_s"]
+        row = [TITLES.get(name, name), f"{speed['median']:,.0f}", f"{speed['least']:,.0f} to {speed['most']:,.0f}"]
+        for each in figures["rates"]:
+            table.add_row(*row, f"{each['rate']:,.0f}/s", *(time_text(each[of]) for of in ("p50", "p99", "most")))
+            row = ["", "", ""]
+    console.print(table, "\n")
+    for line in (*aims(report), *missing(report)):
+        console.print(Text(line))
+    console.print(Text(f"cores that the rest of the machine kept busy: {report['others']:.2f}"))
 
 
-def _has_ray() -> bool:
-    try:
-        import ray  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def aims(report: Found) -> list[str]:
+    """What was aimed at, and what came of it."""
+    mine = report["contestants"].get(OURS)
+    if mine is None:
+        return []
+    speed = mine["tasks_per_s"]["median"]
+    said = [f"aim {AIM:,.0f} tasks/s: {'reached' if speed >= AIM else 'not reached'}, {speed:,.0f}"]
+    for each in mine["rates"]:
+        if each["rate"] == AIM / 2:
+            words = "reached" if each["p99"] < AIM_P99 else "not reached"
+            said.append(f"aim {time_text(AIM_P99)} at {AIM / 2:,.0f}/s for 99 %: {words}, {time_text(each['p99'])}")
+    return said
 
 
-def _turn(name: str, count: int) -> tuple[float, list[float]]:
-    """Tasks per second, and seconds of each at half of it; in a process of its own.
-
-    Raises:
-        ShoalError: it has failed.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0"}
-    command = [sys.executable, "-m", "shoal.bench.tasks", name, str(count)]
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=PATIENCE)
-    if done.returncode:
-        raise ShoalError(f"the contestant {name} has failed: {done.stderr.decode()[-500:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return found["rate"], found["seconds"]
-
-
-# --- a contestant
-
-
-def contestant(name: str, count: int) -> dict[str, Any]:
-    """As many tasks as fast as may be, then as many at half that rate."""
-    with _shoal() if name == "shoal" else _ray(TOGETHER if "batched" in name else 1) as submit:
-        tasks = [np.full((1, WIDTH), number % 7, np.float32) for number in range(count)]
-        submit(tasks[: count // 10])()
-        started = time.perf_counter()
-        outcome = submit(tasks)()
-        rate = count / (time.perf_counter() - started)
-        _check(tasks, outcome)
-        return {"rate": rate, "seconds": _at_rate(submit, tasks[: count // 2], min(STEADY, rate / 2))}
-
-
-def _at_rate(submit: Submit, tasks: list[Any], rate: float) -> list[float]:
-    """Seconds from when a task was due to its answer. What is due together is submitted together."""
-    import threading
-    from queue import Queue
-
-    waiting: Queue[tuple[float, int, Callable[[], Any]] | None] = Queue()
-    seconds: list[float] = []
-
-    def wait() -> None:
-        while (entry := waiting.get()) is not None:
-            due, number, result = entry
-            result()
-            ended = time.perf_counter()
-            seconds.extend(ended - due - at / rate for at in range(number))
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    began, sent = time.perf_counter(), 0
-    while sent < len(tasks):
-        due = min(len(tasks), int((time.perf_counter() - began) * rate) + 1)
-        if due > sent:
-            waiting.put((began + sent / rate, due - sent, submit(tasks[sent:due])))
-            sent = due
-        else:
-            time.sleep(0.0005)
-    waiting.put(None)
-    thread.join()
-    return seconds
-
-
-def _check(tasks: list[Any], outcome: list[Any]) -> None:
-    wrong = sum(not np.array_equal(task @ _weights(), found) for task, found in zip(tasks, outcome, strict=True))
-    if wrong:
-        raise ShoalError(f"{wrong} of {len(tasks)} answers are wrong")
-
-
-def _weights() -> Any:
-    return np.arange(WIDTH * CLASSES, dtype=np.float32).reshape(WIDTH, CLASSES)
-
-
-@contextmanager
-def _shoal() -> Iterator[Submit]:
-    with ExitStack() as stack:
-        cluster = stack.enter_context(LocalCluster())
-        client = stack.enter_context(connect(cluster.join, role="client"))
-        client.publish("m", {"w": _weights()}, {"accuracy": 1.0}, promote=True)
-        environment = {**os.environ, "SHOAL_JOIN": cluster.join}
-        for number in range(EXECUTORS):
-            process = subprocess.Popen(
-                [sys.executable, "-c", _EXECUTOR, f"x{number}"],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
-            assert process.stdin and process.stdout
-            stack.callback(process.wait, 30)
-            stack.callback(process.stdin.close)
-            stack.callback(process.stdout.close)
-            process.stdout.readline()
-        while sum(bool(each["loaded"]) for each in client.status()["executors"]) < EXECUTORS:
-            time.sleep(0.05)
-
-        def submit(tasks: list[Any]) -> Callable[[], Any]:
-            pending = [client.submit("m", task) for task in tasks]
-            return lambda: [each.result(PATIENCE).outputs for each in pending]
-
-        yield submit
-
-
-@contextmanager
-def _ray(together: int) -> Iterator[Submit]:
-    import ray
-
-    ray.init(num_cpus=EXECUTORS, include_dashboard=False, log_to_driver=False, configure_logging=False)
-
-    @ray.remote(num_cpus=1)  # type: ignore[untyped-decorator, unused-ignore]
-    class Executor:
-        def __init__(self) -> None:
-            self.w = _weights()
-
-        def predict(self, x: Any) -> Any:
-            return x @ self.w
-
-    try:
-        actors = [Executor.remote() for _ in range(EXECUTORS)]  # type: ignore[attr-defined]
-        ray.get([actor.predict.remote(np.zeros((1, WIDTH), np.float32)) for actor in actors])
-
-        def submit(tasks: list[Any]) -> Callable[[], Any]:
-            parts = [tasks[at : at + together] for at in range(0, len(tasks), together)]
-            refs = [
-                actors[number % EXECUTORS].predict.remote(np.concatenate(part)) for number, part in enumerate(parts)
-            ]
-            return lambda: [row[None] for found in ray.get(refs) for row in found]
-
-        yield submit
-    finally:
-        ray.shutdown()
-
-
-if __name__ == "__main__":
-    print(json.dumps(contestant(sys.argv[1], int(sys.argv[2]))))
+def missing(report: Found) -> list[str]:
+    """Who has no figures, and why."""
+    return [f"without {TITLES.get(name, name)}: {why}" for name, why in report["without"].items()]

@@ -411,7 +411,7 @@ class Cluster:
         self.sim.crash(name)
         life = self.history.lives.get(app.core.incarnation)
         if life is not None:
-            life.ended_at = self.sim.now
+            life.ended_at = min(life.ended_at, self.sim.now)
 
     def trouble(self, name: str) -> None:
         """From now on this worker's waits are its own fault."""

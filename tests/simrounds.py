@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -182,3 +183,15 @@ def check_rounds(cluster: FedCluster, final: dict[int, list[float]]) -> None:
                 raise Violation(f"shard {shard} has nothing of session {session}, of which workers were told")
         if len(there) > 1:
             raise Violation(f"session {session} is in some shards and not in others")
+
+
+def check_cut_rounds(cluster: FedCluster) -> None:
+    """A cut has a round at every shard or at none; a shard that was filled again has what its filler had."""
+    for cut in cluster.history.cuts:
+        first = {shard: min((at for at, _ in known), default=inf) for shard, known in cluster.history.refilled.items()}
+        sound = {shard: values for shard, values in cut.values.items() if cut.done_at < first.get(shard, inf)}
+        for session in cluster.released:
+            elements = [put.element for put in cluster.puts if put.session == session]
+            there = {shard: any(values[element] for element in elements) for shard, values in sound.items()}
+            if len(set(there.values())) > 1:
+                raise Violation(f"a cut at {cut.done_at:.3f} has session {session} at some shards: {there}")

@@ -6,11 +6,11 @@ import os
 import random
 from math import inf
 
-from history import check_coverage, check_once, check_staleness
+from history import check_coverage, check_cuts, check_once, check_staleness
 from simapp import Job, story
 from simnet import Faults
-from simrounds import FedCluster, check_rounds
-from test_simulation import blow
+from simrounds import FedCluster, check_cut_rounds, check_rounds
+from test_simulation import blow, cut
 
 from shoal.protocol.join import CLEAR, SECAGG
 
@@ -50,6 +50,9 @@ def play(seed: int) -> FedCluster:
     for _ in range(dice.randint(1, 3)):
         to = dice.choice(("async", "sync", "federated", "federated")), dice.choice((0.0, 1.0, inf))
         sim.at(dice.uniform(0.05, 8.0), lambda to=to: cluster.switch(*to))
+    cutting = random.Random(seed + 6)
+    for _ in range(cutting.choice((0, 2, 8))):
+        sim.at(cutting.uniform(0.5, 14.0), lambda: cut(cluster, cutting, 5.0))
     sim.at(20.0, lambda: setattr(sim, "quiet", True))
 
     def back() -> None:
@@ -70,6 +73,8 @@ def judge(cluster: FedCluster) -> None:
     if not cluster.forgotten:
         check_staleness(cluster.history)
         check_once(cluster.history, final)
+        check_cuts(cluster.history)
+        check_cut_rounds(cluster)
     check_rounds(cluster, final)
     check_coverage(cluster.history, cluster.job.length, cluster.job.epochs)
 
@@ -77,7 +82,7 @@ def judge(cluster: FedCluster) -> None:
 def test_random_schedules_with_rounds() -> None:
     """Every guarantee of the other modes, and of rounds: all or nothing, of the survivors, and nobody waits for ever."""
     print(f"SHOAL_SEED={SEED} SHOAL_FEDERATED_SCHEDULES={SCHEDULES}")
-    released = puts = 0
+    released = puts = cuts = 0
     for seed in range(SEED, SEED + SCHEDULES):
         try:
             cluster = play(seed)
@@ -87,4 +92,5 @@ def test_random_schedules_with_rounds() -> None:
             raise
         released += len(cluster.released)
         puts += len(cluster.puts)
-    assert SCHEDULES < 40 or (released > SCHEDULES and puts > 2 * released)
+        cuts += len(cluster.history.cuts)
+    assert SCHEDULES < 40 or (released > SCHEDULES and puts > 2 * released and cuts > SCHEDULES / 2)

@@ -167,6 +167,24 @@ def test_many_callers_get_their_own_answers(port: int, make: Callable[..., Loop]
     assert 800 <= len(core.drivers)
 
 
+def test_what_is_left_is_given_by_who_drives(port: int, make: Callable[..., Loop]) -> None:
+    """At once where nobody drives; else by the driver, in its wait: none is lost, and its place is not taken."""
+    loop = make(core := EchoCore(port))
+    assert 1 == loop.leave(Ask).result(20)
+    parked = loop.call(Park)
+    with together(parked.result) as results:
+        until(drives(loop, "caller 0"))
+        with together(*[lambda: [loop.leave(Ask) for _ in range(200)]] * 3) as others:
+            pass
+        assert all(ticket.number == ticket.result(20) for tickets in others for ticket in tickets)
+        assert drives(loop, "caller 0")()
+        loop.leave(lambda ticket: Spoil(ValueError("a fault"), False))
+    assert "a fault" == str(results[0]) and not loop.usable
+    with pytest.raises(ShoalError, match="cannot go on"):
+        loop.leave(Ask)
+    assert {"caller 0"} == set(core.drivers[1:])
+
+
 def test_one_ticket_may_be_asked_by_several(port: int, make: Callable[..., Loop]) -> None:
     """`result` in two threads and `done` in a third, none of which has made the call: all see the same end."""
     loop = make(EchoCore(port))

@@ -429,8 +429,8 @@ class Core:
         asking = bool(self.phase is Phase.JOINING or len(self._desk) or self._done or self._openers)
         self._settled = not asking and self.phase is Phase.JOINED and self.fleet.settled
         soonest = now + RETRY / 2 if asking or self.fleet.busy else inf
-        renew_at = self._renew_at if self.phase is Phase.JOINED else inf
-        self.wake_at = min(renew_at, soonest, self.fleet.cutter.wake_at, self.federation.wake_at)
+        parts = min(self._renew_at, self.fleet.cutter.wake_at, self.federation.wake_at)
+        self.wake_at = min(soonest, parts if self.phase is Phase.JOINED else inf)
 
     def _want_registration(self) -> None:
         if self._description and not self.fleet.registered and not self._registering:

@@ -3,6 +3,7 @@
 Rules
 - One thread at a time drives: it alone touches the core and the sockets. Driving changes hands under a lock, which is the
   fence that ZeroMQ asks for.
+- What is left (`leave`) while another thread drives, that thread gives to the core: who hands over often need not drive for it.
 - A caller that waits drives until its ticket has ended. A background thread drives only while nobody waits: it renews the
   lease, takes in late answers, repeats what was lost.
 - Every wait has a deadline, and Ctrl-C works in it.
@@ -16,6 +17,7 @@ import signal
 import threading
 import time
 import weakref
+from collections import deque
 from math import ceil, inf
 from typing import Any, Protocol
 
@@ -116,6 +118,8 @@ class Loop:
         """Threads that want to drive; the driver gives way to them."""
         self._waiters = 0
         """Threads that are content to let another drive until their ticket has ended."""
+        self._left: deque[Any] = deque()
+        """Events for the driver to give to the core."""
         self._driven_at = time.monotonic()
         self._wake_in, self._wake_out = os.pipe()
         os.set_blocking(self._wake_in, False)
@@ -139,14 +143,34 @@ class Loop:
         self._take()
         try:
             self._check()
-            self._last_ticket += 1
-            ticket = Ticket(self, self._last_ticket)
+            with self._gate:
+                self._last_ticket += 1
+                ticket = Ticket(self, self._last_ticket)
             self._tickets[ticket.number] = ticket
             self._give(make(ticket.number, *args))
         finally:
             self._release()
         if self._dozing:
             self._alarm.set()
+        return ticket
+
+    def leave(self, make: Any, *args: Any) -> Ticket:
+        """As `call`; but where another thread drives, that one gives it to the core, and soon."""
+        self._check()
+        with self._gate:
+            self._last_ticket += 1
+            ticket = Ticket(self, self._last_ticket)
+            self._tickets[ticket.number] = ticket
+            self._left.append(make(ticket.number, *args))
+            idle, first = not self._driver, len(self._left) == 1
+            if idle:
+                self._driver = threading.get_ident()
+        if idle:
+            self._release()
+            if self._dozing:
+                self._alarm.set()
+        elif first:
+            self._poke()
         return ticket
 
     def tell(self, event: Any) -> None:
@@ -301,11 +325,21 @@ class Loop:
             return True
 
     def _release(self) -> None:
-        with self._gate:
-            self._driver = 0
-            self._driven_at = time.monotonic()
-            if self._queue or self._waiters:
-                self._gate.notify_all()
+        error: BaseException | None = None
+        while True:
+            with self._gate:
+                if not self._left or self._closed or self._broken is not None:
+                    self._driver = 0
+                    self._driven_at = time.monotonic()
+                    if self._queue or self._waiters:
+                        self._gate.notify_all()
+                    break
+            try:
+                self._give(None)
+            except BaseException as failure:  # then it is broken, and nobody drives any more
+                error = failure
+        if error is not None:
+            raise error
 
     def _poke(self) -> None:
         """Interrupt the poll of whoever drives."""
@@ -325,6 +359,8 @@ class Loop:
         ready = self._wires.poller.poll(ceil(max(0.0, until) * 1000))
         if ready and any(source == self._wake_in for source, _ in ready):
             _drain(self._wake_in)
+        if self._left:
+            self._give(None)
         for event in self._wires.events(ready):
             self._give(event)
             if ticket is not None and ticket.over:
@@ -333,11 +369,14 @@ class Loop:
             self._give(Tick())
 
     def _give(self, event: Any) -> None:
+        """Give the core an event; None: what was left."""
         whole = False
         shielded = threading.get_ident() == _MAIN and not signal.pthread_sigmask(signal.SIG_BLOCK, _CTRL_C) & _CTRL_C
         try:
-            for effect in self._core.handle(event, time.monotonic()):
-                self._perform(effect)
+            if event is not None:
+                self._handle(event)
+            while event is None and self._left:
+                self._handle(self._left.popleft())
             whole = True
         except Exception as error:
             self._break(error)
@@ -349,6 +388,10 @@ class Loop:
                 self._break(KeyboardInterrupt("interrupted"))
             if shielded:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, _CTRL_C)
+
+    def _handle(self, event: Any) -> None:
+        for effect in self._core.handle(event, time.monotonic()):
+            self._perform(effect)
 
     def _break(self, error: BaseException) -> None:
         self._broken = error

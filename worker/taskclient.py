@@ -179,7 +179,7 @@ class Client:
         asked = Asked(
             0, kind, model, items, latency, quality, needs.privacy, float(needs.budget), float(needs.deadline)
         )
-        return Pending(self._loop.call(SubmitCalled, asked, payload), needs.privacy)
+        return Pending(self._loop.leave(SubmitCalled, asked, payload), needs.privacy)
 
     def feedback(
         self,
