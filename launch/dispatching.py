@@ -48,6 +48,11 @@ class Dispatching:
         try:
             self._process.ready()
         except ShoalError as error:
+            if self._config["port"] and "in use" in error.what:  # nobody asked for this very port
+                self._process.close()
+                self._config["port"] = 0
+                self._process = ServerProcess(self._config, self._log)
+                return self._begun()
             self._log(f"warning tasks are not dispatched here: {error}")
             self._process.close()
             self._process = None

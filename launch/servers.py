@@ -219,7 +219,8 @@ class Servers:
         base = keys.state_dir(s["state_dir"])
         settings = {"policy": s["task_policy"], "most_tasks": s["task_queue"], "patience": s["task_patience"]}
         files = {"models": str(base / FOLDER), "book": str(base / "tasks.sqlite")}
-        return self._config("dispatcher", 0, coordinator=up, settings=settings, **files)
+        port = s["port"] + 1 + s["shards"] if s["port"] else 0
+        return self._config("dispatcher", port, coordinator=up, settings=settings, **files)
 
 
 def is_loopback(host: str) -> bool:
