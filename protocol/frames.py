@@ -48,7 +48,8 @@ _KINDS: dict[int, tuple[type[Any], tuple[Check, ...]]] = {
 }
 _FIELDS = {kind: _getter(kind) for kind in get_args(Message)}
 _RECORDS = {kind: _getter(kind) for kind in (Place, Member, Phase, Evaluated, Asked, Told, Valued, Recalled)}
-_HAS_BUFFERS = frozenset((*_ONE_BUFFER, *TWO_BUFFERS, *_A_BUFFER_A_BLOCK, *COUNTED))
+_FIXED = dict.fromkeys(_ONE_BUFFER, 1) | dict.fromkeys(TWO_BUFFERS, 2)
+_HAS_BUFFERS = frozenset((*_FIXED, *_A_BUFFER_A_BLOCK, *COUNTED))
 
 
 def _plain(value: Any) -> Any:
@@ -106,10 +107,10 @@ def decode(frames: Sequence[Buffer]) -> Message:
         return kind(*values)  # type: ignore[no-any-return]
     buffers = tuple(frames[1:])
     message = kind(*values, buffers)
-    wanted = buffer_count(message)
+    wanted = _FIXED.get(kind) or buffer_count(message)
     if len(buffers) != wanted or wanted > MAX_BUFFERS:
         raise ProtocolError("frames", f"{kind.__name__} has {wanted} buffers, {len(buffers)} came")
-    if any(len(buffer) > MAX_BUFFER for buffer in buffers):
+    if buffers and max(map(len, buffers)) > MAX_BUFFER:
         raise ProtocolError("frames", f"{kind.__name__}: a buffer over the limit")
     return message  # type: ignore[no-any-return]
 
@@ -120,29 +121,26 @@ def buffer_count(message: Any) -> int:
     Raises:
         ProtocolError: `ranges` does not fit `blocks`, or what lies in a region is said to be encoded.
     """
-    if isinstance(message, _ONE_BUFFER):
-        return 1
-    if isinstance(message, TWO_BUFFERS):
-        return 2
-    counted = COUNTED.get(type(message))
-    if counted:
-        return len(getattr(message, counted))
-    if isinstance(message, Push | Values) and message.region and message.codec:
-        raise ProtocolError("malformed", f"{type(message).__name__}: a codec in a region")
-    if isinstance(message, Push):
+    kind = type(message)
+    if kind in _FIXED:
+        return _FIXED[kind]
+    if kind in COUNTED:
+        return len(getattr(message, COUNTED[kind]))
+    if kind in (Push, Values) and message.region and message.codec:
+        raise ProtocolError("malformed", f"{kind.__name__}: a codec in a region")
+    if kind is Push:
         if message.ranges and (len(message.ranges) != len(message.blocks) or not any(message.ranges)):
             raise ProtocolError("malformed", "Push: ranges and blocks do not fit")
         return bool(message.ranges) + (0 if message.region else len(message.blocks))
-    if isinstance(message, Values) and message.region:
+    if kind not in _A_BUFFER_A_BLOCK or (kind is Values and message.region):
         return 0
-    if isinstance(message, _A_BUFFER_A_BLOCK):
-        return len(message.blocks)
-    return 0
+    return len(message.blocks)
 
 
 def payload_bytes(message: Message) -> int:
     """Bytes in the buffers of a message."""
-    return sum(map(_length, getattr(message, "buffers", ())))
+    buffers = getattr(message, "buffers", ())
+    return sum(map(_length, buffers)) if buffers else 0
 
 
 def _length(buffer: Buffer) -> int:

@@ -17,7 +17,10 @@ MODES = ("async", "sync", "federated")
 
 def at(phases: Phases, clock: int) -> Phase:
     """The phase of a step."""
-    return next((phase for phase in reversed(phases) if phase.clock <= clock), phases[0])
+    for phase in reversed(phases):
+        if phase.clock <= clock:
+            return phase
+    return phases[0]
 
 
 def floor(phases: Phases) -> int:
@@ -27,6 +30,8 @@ def floor(phases: Phases) -> int:
 
 def opens(phases: Phases, clock: int) -> int:
     """The least clock of all at which steps of `clock` may begin: averages of the phase before are closed first."""
+    if len(phases) == 1:
+        return 0
     phase = at(phases, clock)
     before = phases[max(0, phases.index(phase) - 1)]
     return phase.clock if phase is not before and before.mode == "sync" else 0

@@ -33,7 +33,8 @@ class Inbox:
     def __init__(self) -> None:
         self.applied = 0
         self.refusals: deque[tuple[int, str, str]] = deque(maxlen=REMEMBERED_REFUSALS)
-        self._waiting: deque[Operation] = deque()
+        self._waiting: deque[tuple[Operation, int]] = deque()
+        """With their bytes."""
         self._waiting_bytes = 0
 
     def __len__(self) -> int:
@@ -42,7 +43,7 @@ class Inbox:
     @property
     def head(self) -> Operation | None:
         """The next operation to apply."""
-        return self._waiting[0] if self._waiting else None
+        return self._waiting[0][0] if self._waiting else None
 
     @property
     def received(self) -> int:
@@ -52,21 +53,19 @@ class Inbox:
     def take(self, operation: Operation) -> Verdict:
         """An operation has arrived."""
         expected = self.received + 1
-        if operation.seq < expected:
-            return Verdict.REPEATED
-        if operation.seq > expected:
-            return Verdict.GAP
+        if operation.seq != expected:
+            return Verdict.REPEATED if operation.seq < expected else Verdict.GAP
         size = payload_bytes(operation)
         if self._waiting and (len(self._waiting) >= MAX_WAITING or self._waiting_bytes + size > MAX_WAITING_BYTES):
             return Verdict.FULL
-        self._waiting.append(operation)
+        self._waiting.append((operation, size))
         self._waiting_bytes += size
         return Verdict.QUEUED
 
     def applied_head(self, refusal: tuple[str, str] | None = None) -> None:
         """The head was applied, or refused with a code and a text."""
-        operation = self._waiting.popleft()
-        self._waiting_bytes -= payload_bytes(operation)
+        operation, size = self._waiting.popleft()
+        self._waiting_bytes -= size
         self.applied = operation.seq
         if refusal:
             self.refusals.append((operation.seq, *refusal))

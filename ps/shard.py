@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ..protocol.asking import Answer, Echo, Echoed, Inquire
@@ -119,15 +120,8 @@ class Shard:
     def handle(self, event: Received | Unreadable | Tick | Linked | Attached, now: float) -> list[Effect]:
         self._out, self._now = [], now
         match event:
-            case Received(peer, message) if type(message) in KINDS and self.accumulator is not None:
-                self._sum(event)
-            case Received(peer, message):
-                table = _FROM_COORDINATOR if peer == COORDINATOR else _FROM_WORKERS
-                act = table.get(type(message))
-                if act is None:
-                    self.counters["rejected.misplaced"] += 1
-                else:
-                    act(self, peer, message)
+            case Received():
+                self._received(event)
             case Unreadable(peer, reason):
                 self.counters[f"rejected.{reason}"] += 1
                 if reason == "version":
@@ -146,6 +140,16 @@ class Shard:
             self._wake_at = now + (REPORT_EVERY if self._welcomed else RETRY)
             self._report() if self._welcomed else self._join()
         return self._out
+
+    def _received(self, event: Received) -> None:
+        peer, message = event.peer, event.message
+        act = (_FROM_COORDINATOR if peer == COORDINATOR else _FROM_WORKERS).get(type(message))
+        if act is not None:
+            act(self, peer, message)
+        elif type(message) in KINDS and self.accumulator is not None:
+            self._sum(event)
+        else:
+            self.counters["rejected.misplaced"] += 1
 
     @property
     def wake_at(self) -> float:
@@ -321,13 +325,14 @@ class Shard:
     def _must_wait(self, operation: Operation) -> bool:
         """A filling waits for the model and the view that asks for it; in sync mode a push of a later step waits for its step."""
         match operation:
-            case Fill():
-                return self.weights is None or operation.epoch > self.epoch
-            case Push(incarnation, clock=clock):
+            case Push():
+                clock = operation.clock
                 if (self.held_at is not None and clock >= self.held_at) or self.cuts.must_wait(operation):
                     return True
                 first = clock if self._sync(clock) else opens(self.phases, clock)
-                return incarnation in self.clocks and self.open_step < first
+                return self.open_step < first and operation.incarnation in self.clocks
+            case Fill():
+                return self.weights is None or operation.epoch > self.epoch
             case _:
                 return False
 
@@ -372,10 +377,10 @@ class Shard:
     def _push(self, push: Push) -> None:
         clock = self.clocks.get(push.incarnation)
         try:
-            if self.weights is not None:
-                self.weights.check(push)
             if push.blocks:
                 self._gradients(push, clock)
+            elif self.weights is not None:
+                self.weights.check(push)
             if push.advance and clock == push.clock and self.weights is not None and not self._sync(clock):
                 self.weights.apply_held(push, len(self.clocks))
         except Exception:
@@ -393,18 +398,20 @@ class Shard:
     def _gradients(self, push: Push, clock: int | None) -> None:
         if self.weights is None:
             raise Misfit("unfilled", "no model is registered")
-        if push.region:  # what is kept is copied: it is needed longer than the region is ours
-            push = self._shared.brought_in(push, self.weights, copy=self._keeps(push))
-            self.counters["bytes_shared_in"] += payload_bytes(push)
-        if not self._keeps(push):
-            self.weights.apply(push, len(self.clocks))
+        kept = self._keeps(push)
+        buffers = push.buffers
+        if push.region:  # what is kept is copied: the region is its worker's again
+            buffers = self._shared.brought_in(push, self.weights, copy=kept)
+            self.counters["bytes_shared_in"] += sum(map(len, buffers))
+        if not kept:
+            self.weights.apply(push, len(self.clocks), buffers=buffers)
         elif clock == push.clock:
-            self.weights.collect(push)
+            self.weights.collect(replace(push, buffers=buffers))
         else:
             raise Misfit("clock", f"a push of step {push.clock} from a worker at {clock}")
 
     def _keeps(self, push: Push) -> bool:
-        """Are its gradients needed longer than the push lasts?"""
+        """Is it kept for longer than the push lasts, until its step ends?"""
         return self._sync(push.clock) or (push.held and not push.advance)
 
     # --- federated rounds (SPEC §14)

@@ -7,8 +7,6 @@ Rules
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from ..protocol.codecs import RAW
@@ -16,7 +14,7 @@ from ..protocol.effects import Attach, Attached, Peer, Send
 from ..protocol.layout import Layout
 from ..protocol.messages import Pull, Push, Share, Shared, Values
 from ..protocol.regions import TOKEN_BYTES
-from ..protocol.schema import Buffer
+from ..protocol.schema import Buffer, Buffers
 from .store import Misfit
 from .weights import Weights, spans_of
 
@@ -68,8 +66,8 @@ class SharedMemory:
 
     # --- pushes
 
-    def brought_in(self, push: Push, weights: Weights, copy: bool) -> Push:
-        """A push out of a region with its buffers, as if they had come with it: views of the region, or copies.
+    def brought_in(self, push: Push, weights: Weights, copy: bool) -> Buffers:
+        """The buffers of a push out of a region, as if they had come with it: views of the region, or copies.
 
         Raises:
             Misfit: there is no such region, block or range.
@@ -89,7 +87,7 @@ class SharedMemory:
                 buffers.append(b"".join(whole[a * size : b * size] for a, b in ranges))
             else:
                 buffers.append(np.array(whole).data if copy else whole)
-        return replace(push, buffers=tuple(buffers))
+        return tuple(buffers)
 
     # --- pulls
 

@@ -76,6 +76,8 @@ class _Held:
     group: int
     weights: torch.Tensor
     updater: Updater
+    elements: int
+    itemsize: int
     version: int = 0
     copies: dict[int, _Copy] = field(default_factory=dict)
     """By codec."""
@@ -95,9 +97,8 @@ class Store:
         for block in layout.by_shard[index]:
             flat = layout.flats[block.flat]
             weights = torch.zeros(block.elements, dtype=DTYPES[flat.dtype])
-            self._held[block.index] = _Held(
-                block, flat.group, weights, Updater(weights, layout.spec.groups[flat.group])
-            )
+            updater = Updater(weights, layout.spec.groups[flat.group])
+            self._held[block.index] = _Held(block, flat.group, weights, updater, block.elements, block.itemsize)
 
     def __contains__(self, block: int) -> bool:
         return block in self._held
@@ -131,9 +132,9 @@ class Store:
         held = self._held.get(block)
         if held is None:
             raise Misfit("shape", f"block {block} is not on this shard")
-        elements = held.block.elements if ranges is None else sum(b - a for a, b in ranges)
-        if len(payload) != elements * held.block.itemsize:
-            raise Misfit("shape", f"block {block}: {len(payload)} bytes, not {elements * held.block.itemsize}")
+        elements = held.elements if ranges is None else sum(b - a for a, b in ranges)
+        if len(payload) != elements * held.itemsize:
+            raise Misfit("shape", f"block {block}: {len(payload)} bytes, not {elements * held.itemsize}")
         tensor = _tensor(payload, held.weights.dtype)
         # A sum is one pass at memory speed, and NaN or infinity shows in it; only then look at each.
         if check and not isfinite(tensor.sum().item()) and not bool(torch.isfinite(tensor).all()):
@@ -197,6 +198,8 @@ class Store:
     def updates_since(self, block: int, version: int) -> int:
         """How many updates of a block came after `version`: at most `MOST_COUNTED`."""
         updates = self._held[block].updates
+        if not updates or updates[-1] <= version:
+            return 0
         return min(len(updates) - bisect_right(updates, version), MOST_COUNTED)
 
     def version_of(self, block: int) -> int:
@@ -241,6 +244,8 @@ class Store:
 
     @staticmethod
     def _about_to_change(held: _Held) -> None:
+        if not held.shots:
+            return
         for shot in held.shots.values():
             if getrefcount(shot) > FREE + 1:  # somebody has not read it yet
                 shot.values()

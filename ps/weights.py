@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import inf
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..protocol.federated import ServerRule
 from ..protocol.frames import payload_bytes
 from ..protocol.layout import Layout
 from ..protocol.messages import Fill, Push
-from ..protocol.schema import Buffer
+from ..protocol.schema import Buffer, Buffers
 from ..protocol.session import blocks_digest
 from .answers import PART_BYTES
 from .averaging import StepAverage
@@ -39,7 +40,7 @@ MOST_STALENESS = 64
 """The histogram's last bin counts this staleness and all above."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Update:
     """One block's part of a push, checked."""
 
@@ -111,22 +112,26 @@ class Weights:
             self._filling.add(block)
         self.filled = len(self._filling) == len(self.store)
 
-    def apply(self, push: Push, workers: int, finite: bool = False) -> None:
+    def apply(self, push: Push, workers: int, finite: bool = False, buffers: Buffers | None = None) -> None:
         """Apply a push at once.
 
         Args:
             workers: how many are counted in.
             finite: it was looked through before.
+            buffers: instead of the push's own: those that lie in a region.
 
         Raises:
             Misfit: nothing of it was applied.
         """
-        stalest = 0
-        for u in self._checked(self._decoded(push), finite):
+        push, stalest = self._decoded(push), 0
+        for u in self._checked(push, finite, buffers):
             tau = self.store.updates_since(u.block, push.seen)
             stalest = max(stalest, tau)
-            gradient = self.remedy.gradient(push.incarnation, u.block, u.gradient, u.ranges, push.seen)
-            self.store.apply(u.block, gradient, u.ranges, self.remedy.numbers(u.block, u.numbers, tau), workers, tau)
+            gradient, numbers = u.gradient, u.numbers
+            if self.layout.spec.stale:
+                gradient = self.remedy.gradient(push.incarnation, u.block, gradient, u.ranges, push.seen)
+                numbers = self.remedy.numbers(u.block, numbers, tau)
+            self.store.apply(u.block, gradient, u.ranges, numbers, workers, tau)
         self.staleness[min(stalest, MOST_STALENESS)] += 1
         self.updates += 1
 
@@ -242,15 +247,16 @@ class Weights:
                 raise Misfit("shape", f"block {block}: {error.what}") from None
         return replace(push, codec=RAW, buffers=tuple(buffers))
 
-    def _checked(self, push: Push, finite: bool = False) -> list[_Update]:
+    def _checked(self, push: Push, finite: bool = False, buffers: Buffers | None = None) -> list[_Update]:
         """`finite`: it was looked at before. What lies in shared memory its worker has looked at (SPEC §11.3)."""
         if not self.filled:
             raise Misfit("unfilled", "this shard has no weights yet; the update is lost")
         self.check(push)
-        if any(a >= b for a, b in zip(push.blocks, push.blocks[1:], strict=False)):
+        blocks, found = push.blocks, []
+        if len(blocks) > 1 and any(a >= b for a, b in pairwise(blocks)):
             raise Misfit("shape", "blocks are not ascending")
-        found = []
-        for block, ranges, payload in zip(push.blocks, spans_of(push), push.buffers[bool(push.ranges) :], strict=True):
+        buffers = push.buffers if buffers is None else buffers
+        for block, ranges, payload in zip(blocks, spans_of(push), buffers[bool(push.ranges) :], strict=True):
             if ranges is not None:
                 self.store.check_ranges(block, ranges)
             gradient = self.store.tensor(block, payload, ranges, check=not (finite or push.region))

@@ -13,7 +13,7 @@ from shoal.worker.federation import CALLS
 
 KINDS: tuple[type[Any], ...] = get_args(calls.Call)
 QUIET = (calls.EarlyCalled, calls.PauseCalled, calls.DoneCalled, calls.LogCalled, calls.UnshareCalled, calls.Cancelled)
-QUIET += (calls.DeclineCalled, calls.RetireCalled)
+QUIET += (calls.DeclineCalled, calls.RetireCalled, calls.CutReleased)
 
 
 def test_the_core_takes_every_call() -> None:

@@ -18,7 +18,7 @@ ROOT = Path(shoal.__file__).parent
 ROOMS = ("protocol", "protocol/secure", "ps", "worker", "tasks", "launch", "bench", "examples")
 FILES = {str(path.relative_to(ROOT)): path for room in ("", *ROOMS) for path in sorted((ROOT / room).glob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
-MOST_LINES = 565
+MOST_LINES = 575
 
 MAY_KNOW = {
     "protocol": {"protocol"},

@@ -201,7 +201,7 @@ def test_a_refused_gradient_holds_nobody_up() -> None:
 def test_a_fault_of_ours_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever goes wrong inside is refused as `internal` and logged; the shard lives (§5.4)."""
     bench = ShardBench()
-    monkeypatch.setattr(bench.core.weights, "apply", lambda *_: 1 / 0)
+    monkeypatch.setattr(bench.core.weights, "apply", lambda *_, **__: 1 / 0)
     ack = only(m.Ack, bench.push(1, 0, 1.0, 0.0))
 
     assert [(2, "internal", "ZeroDivisionError: division by zero")] == list(ack.refusals)

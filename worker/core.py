@@ -121,11 +121,29 @@ class Core:
     ) -> list[Effect]:
         self._now = now
         self._forgive_a_stop()
+        kind: type[Any] = type(event)
+        if isinstance(event, Received):
+            kind = type(event.message)
+            if self.phase is not Phase.CLOSED:
+                self._received(event.peer, event.message)  # type: ignore[arg-type]
+        else:
+            self._happened(event)
+        if self.phase is Phase.CLOSED:
+            self.wake_at = inf
+        elif self._settled and kind in _FLOWING:
+            self.fleet.flow(now)
+            self.wake_at = min(self.wake_at, now + RETRY / 2)
+        elif kind is not calls.LogCalled:  # it travels with the next renewal
+            self._pursue()
+        return self._out.take()
+
+    def _happened(self, event: Call | Tick | Linked | Unlinked | Denied | Unreadable) -> None:
+        """Anything but a message."""
+        if type(event) in _CALLS:
+            return self._called(event)  # type: ignore[arg-type]
         match event:
-            case Received() | Linked() | Unlinked() | Denied() if self.phase is Phase.CLOSED:
+            case Linked() | Unlinked() | Denied() if self.phase is Phase.CLOSED:
                 pass
-            case Received(peer, message):
-                self._received(peer, message)  # type: ignore[arg-type]
             case Linked(peer):
                 self._on_linked(peer)
             case Unlinked(peer):
@@ -141,14 +159,6 @@ class Core:
                 pass
             case _:
                 self._called(event)
-        if self.phase is Phase.CLOSED:
-            self.wake_at = inf
-        elif self._settled and type(getattr(event, "message", event)) in _FLOWING:
-            self.fleet.flow(now)
-            self.wake_at = min(self.wake_at, now + RETRY / 2)
-        elif type(event) is not calls.LogCalled:  # it travels with the next renewal
-            self._pursue()
-        return self._out.take()
 
     # --- what users' threads ask
 
@@ -296,8 +306,9 @@ class Core:
     def federated(self) -> bool:
         """Is this worker's next step a federated round? One that is counted in goes on to the clock where they begin."""
         newest = self.phases[-1] if self.phases else None
-        begun = newest is not None and (not self.fleet.running or self.stats.clock >= newest.clock)
-        return begun and newest is not None and newest.mode == "federated"
+        if newest is None or newest.mode != "federated":
+            return False
+        return not self.fleet.running or self.stats.clock >= newest.clock
 
     def _check_keys(self, places: Iterable[Place]) -> None:
         """Where the coordinator has keys, every shard has (SPEC §10.3): nothing is sent in the clear because somebody said so."""

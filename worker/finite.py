@@ -7,6 +7,7 @@ Rules
 from __future__ import annotations
 
 import threading
+from math import isfinite
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,7 +38,7 @@ def all_finite(values: Bits, dtype: str) -> bool:
     return mine and found == [True]
 
 
+@np.errstate(all="ignore")
 def _finite(values: Bits) -> bool:
     """NaN and infinity show in the sum of squares; only then is each looked at."""
-    with np.errstate(all="ignore"):
-        return bool(np.isfinite(np.dot(values, values))) or bool(np.isfinite(values).all())
+    return isfinite(values.dot(values)) or bool(np.isfinite(values).all())

@@ -164,17 +164,20 @@ class Fleet:
             if call.advance:
                 parts, early = link.end_step(parts, call.early)
             parts = parts or [Part(index, (), (), ())]
-            self._stats.bytes_pushed += sum(sum(map(len, part.buffers)) for part in parts)
-            encoded = any(part.codec for part in parts)
-            region = call.region if link.shares(call.region) and not encoded else 0
+            region = call.region if call.region and link.shares(call.region) else 0
+            for part in parts:
+                self._stats.bytes_pushed += sum(map(len, part.buffers))
+                if part.codec:
+                    region = 0
             if region:
                 parts = in_region(parts)
-            for number, part in enumerate(parts, 1):
-                last = number == len(parts)
-                head = (self._incarnation, link.shard, link.outbox.next, self._stats.clock, call.advance and last)
-                what, seen = (region, part.codec, part.blocks, part.ranges, early and last), link.seen(part.blocks)
-                link.outbox.add(Push(*head, call.examples, call.hyper, *what, seen, part.buffers), call.ticket)
-                operations += 1
+            outbox, left = link.outbox, len(parts)
+            operations += left
+            for part in parts:
+                left -= 1
+                head = (self._incarnation, link.shard, outbox.next, self._stats.clock, call.advance and not left)
+                what, seen = (region, part.codec, part.blocks, part.ranges, early and not left), link.seen(part.blocks)
+                outbox.add(Push(*head, call.examples, call.hyper, *what, seen, part.buffers), call.ticket)
         if operations:
             self._pushes[call.ticket] = _Pushing(operations)
         else:
@@ -518,6 +521,8 @@ class Fleet:
         )
 
     def _clock(self, link: Link, min_clock: int) -> None:
+        if self._stats.min_clock == link.min_clock == min_clock:
+            return
         link.min_clock = max(link.min_clock, min_clock)
         self._stats.min_clock = min((self.links[index].min_clock for index in self.participants()), default=0)
 

@@ -18,7 +18,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from math import ceil, inf
+from math import ceil
 from typing import Any, Protocol
 
 import zmq
@@ -32,7 +32,8 @@ logger = logging.getLogger("shoal")
 
 NAP = 0.005
 """Seconds between looks of the background thread while answers are outstanding and nobody drives."""
-_CTRL_C = {signal.SIGINT}
+_CTRL_C = (signal.SIGINT,)
+_mask = signal._signal.pthread_sigmask  # type: ignore[attr-defined]  # without the names that `signal` makes of each answer
 _MAIN = threading.main_thread().ident
 SLICE = 0.2
 """The longest single poll: Ctrl-C and other callers are seen at least so often."""
@@ -111,7 +112,8 @@ class Loop:
         self._wires = Wires(secret)
         self._tickets: dict[int, Ticket] = {}
         self._last_ticket = 0
-        self._gate = threading.Condition()
+        self._lock = threading.RLock()
+        self._gate = threading.Condition(self._lock)
         self._driver = 0
         """The thread that drives, 0 for none."""
         self._queue = 0
@@ -142,8 +144,9 @@ class Loop:
         self._check()
         self._take()
         try:
-            self._check()
-            with self._gate:
+            if self._closed or self._broken is not None:
+                self._check()
+            with self._lock:
                 self._last_ticket += 1
                 ticket = Ticket(self, self._last_ticket)
             self._tickets[ticket.number] = ticket
@@ -197,16 +200,18 @@ class Loop:
         if ticket.over:
             return
         self._check()
-        deadline = time.monotonic() + self.patience(timeout)
+        now = time.monotonic()
+        deadline = now + self.patience(timeout)
         while not ticket.over:
-            left = deadline - time.monotonic()
-            if left <= 0:
+            if now >= deadline:
                 raise self._timed_out(self.patience(timeout))
-            if not self._take_or_wait(ticket, min(left, SLICE)):
+            if not self._take_or_wait(ticket, min(deadline - now, SLICE)):
+                now = time.monotonic()
                 continue
             try:
-                while not (ticket.over or self._queue or self._close_wanted) and time.monotonic() < deadline:
-                    self._turn(min(deadline - time.monotonic(), SLICE), ticket)
+                while not (ticket.over or self._queue or self._close_wanted) and now < deadline:
+                    self._turn(min(deadline - now, SLICE), ticket)
+                    now = time.monotonic()
             finally:
                 self._release()
                 if self._close_wanted:
@@ -294,7 +299,7 @@ class Loop:
         me = threading.get_ident()
         if self._driver == me:
             raise ShoalError("a signal handler has called the worker whose wait it interrupts")
-        with self._gate:
+        with self._lock:
             if self._driver:
                 self._queue += 1
                 try:
@@ -307,7 +312,7 @@ class Loop:
 
     def _take_or_wait(self, ticket: Ticket | None, seconds: float) -> bool:
         """Become the driver if nobody is; else wait for the driver to stop or to end the ticket."""
-        with self._gate:
+        with self._lock:
             if self._driver and ticket is not None and not ticket.over and seconds > 0:
                 background = self._driver == self._thread.ident
                 self._queue += background  # the background thread gives way; another caller drives for us both
@@ -327,7 +332,7 @@ class Loop:
     def _release(self) -> None:
         error: BaseException | None = None
         while True:
-            with self._gate:
+            with self._lock:
                 if not self._left or self._closed or self._broken is not None:
                     self._driver = 0
                     self._driven_at = time.monotonic()
@@ -353,11 +358,11 @@ class Loop:
 
     def _turn(self, seconds: float, ticket: Ticket | None = None) -> None:
         """Poll once, at most so long, and handle what comes, but nothing after that which has ended `ticket`."""
-        until = min(seconds, max(0.0, self._core.wake_at - time.monotonic())) if self._core.wake_at < inf else seconds
+        until = min(seconds, self._core.wake_at - time.monotonic())
         if self._wires.flush():
             until = min(until, 0.002)
-        ready = self._wires.poller.poll(ceil(max(0.0, until) * 1000))
-        if ready and any(source == self._wake_in for source, _ in ready):
+        ready = self._wires.poller.poll(ceil(until * 1000) if until > 0 else 0)
+        if (self._wake_in, zmq.POLLIN) in ready:
             _drain(self._wake_in)
         if self._left:
             self._give(None)
@@ -371,7 +376,7 @@ class Loop:
     def _give(self, event: Any) -> None:
         """Give the core an event; None: what was left."""
         whole = False
-        shielded = threading.get_ident() == _MAIN and not signal.pthread_sigmask(signal.SIG_BLOCK, _CTRL_C) & _CTRL_C
+        shielded = threading.get_ident() == _MAIN and signal.SIGINT not in _mask(signal.SIG_BLOCK, _CTRL_C)
         try:
             if event is not None:
                 self._handle(event)
@@ -387,7 +392,7 @@ class Loop:
             ):  # Ctrl-C in the middle, through another thread: the core may be in two minds
                 self._break(KeyboardInterrupt("interrupted"))
             if shielded:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, _CTRL_C)
+                _mask(signal.SIG_UNBLOCK, _CTRL_C)
 
     def _handle(self, event: Any) -> None:
         for effect in self._core.handle(event, time.monotonic()):
@@ -428,7 +433,7 @@ class Loop:
         if self._closed or self._broken is not None:
             return -1.0
         quiet = 0.0 if self._driver else time.monotonic() - self._driven_at
-        if (self._driver or self._tickets) and quiet < NAP:
+        if quiet < NAP:  # whoever drove a moment ago may call again: a sleeper who need not be woken costs him nothing
             return NAP - quiet
         if self._tickets or time.monotonic() >= self._core.wake_at:
             return 0.0

@@ -103,8 +103,11 @@ class Wires:
 
     def flush(self) -> bool:
         """Send what waits. True if something still does."""
-        waiting = [wire for wire in self._wires.values() if wire.waiting]
-        return sum(map(self._flush, waiting)) > 0
+        behind = False
+        for wire in self._wires.values():
+            if wire.waiting and self._flush(wire):
+                behind = True
+        return behind
 
     def _flush(self, wire: _Wire) -> bool:
         while wire.waiting:
