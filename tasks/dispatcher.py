@@ -225,11 +225,8 @@ class Dispatcher:
         self._deadlines.add(item)
 
     def _heard(self, peer: Peer, message: Heard) -> None:
-        known = [(message.client, number) for number in message.numbers if (message.client, number) in self._unheard]
-        for id_ in known:
-            del self._unheard[id_]
-        self.book.heard(known)
-        self._dirty = True
+        known = [id_ for number in message.numbers if self._unheard.pop(id_ := (message.client, number), None)]
+        self.book.heard(known)  # committed with whatever comes next: nothing is promised
 
     # --- executors
 

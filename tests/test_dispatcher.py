@@ -93,7 +93,7 @@ def test_a_task_goes_there_and_back(bench: Bench) -> None:
         (a.number, a.code, a.model, a.version, a.executor) for a in answers.answers
     ]
     assert (OUT, OUT) == tuple(map(bytes, answers.buffers))
-    bench.hear(t.Heard(CLIENT, (1, 2)))
+    bench.hear(t.Heard(CLIENT, (1, 2, 2, 9)))
     assert not bench.turn(1.0) and not bench.core._unheard
 
 

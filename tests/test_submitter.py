@@ -30,7 +30,7 @@ from shoal.worker.executor import (
     Version,
 )
 from shoal.worker.finder import DISPATCHER
-from shoal.worker.submitter import AskCalled, SubmitCalled, Submitter, inquiry
+from shoal.worker.submitter import HEAR, AskCalled, HearCalled, SubmitCalled, Submitter, inquiry
 
 ME = 5
 
@@ -123,13 +123,30 @@ def test_the_first_answer_counts() -> None:
     bench = client()
     submit(bench, 7)
     said, effects = bench.hear(t.Answers(ME, (told(1),), (b"out",)))
-    assert (7, b"out") == (effects[0].ticket, bytes(effects[0].value.output)) and (1,) == only(t.Heard, said).numbers
+    assert (7, b"out") == (effects[0].ticket, bytes(effects[0].value.output)) and not said
     said, effects = bench.hear(t.Answers(ME, (told(1, "failed"),), (b"",)))
-    assert ["Heard"] == kinds(said) and not effects
+    assert not said and not effects
     submit(bench, 8)
     _, effects = bench.hear(t.Answers(ME, (told(2, "failed"),), (b"",)))
     assert isinstance(effects[0].error, TaskFailed) and "why" in str(effects[0].error)
     assert not bench.hear(t.Answers(ME + 1, (told(2),), (b"",)))[0], "another client's"
+
+
+def test_answers_are_confirmed_together() -> None:
+    """After a moment, or when there are many, or when the client is told to; what was said once is not said again."""
+    bench = client()
+    for ticket in (1, 2, 3):
+        submit(bench, ticket)
+    for number in (1, 2):
+        assert "Heard" not in kinds(bench.hear(t.Answers(ME, (told(number),), (b"",)))[0]) and bench.core.owes
+    assert bench.core.wake_at <= HEAR
+    assert (1, 2) == only(t.Heard, bench.give(Tick(), HEAR)[0]).numbers and not bench.core.owes
+    assert not bench.give(Tick(), 2 * HEAR)[0]
+    bench.hear(t.Answers(ME, (told(3),), (b"",)))
+    assert (3,) == only(t.Heard, bench.give(HearCalled())[0]).numbers
+    many = tuple(told(number) for number in range(4, 4 + 513))
+    said, _ = bench.hear(t.Answers(ME, many, (b"",) * len(many)))
+    assert [512, 1] == [len(message.numbers) for message in said]
 
 
 def test_a_full_queue_and_a_deadline() -> None:

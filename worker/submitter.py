@@ -48,6 +48,8 @@ MOST = 512
 MOST_BYTES = 8 * 1024 * 1024
 WINDOW = 2
 """Messages that are not taken."""
+HEAR = 0.05
+"""Seconds in which answers are confirmed, many at once: a message for each costs the dispatcher as much as a task."""
 GRACE = 1.0
 """Seconds after its deadline that a task's failure may take to come."""
 
@@ -74,6 +76,11 @@ class OpenCalled:
     """Answered when the dispatcher is there."""
 
     ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class HearCalled:
+    """What was answered is to be confirmed now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +130,27 @@ class Submitter:
         self._last_request = 0
         self._openers: list[int] = []
         self._look_at = inf
+        self._heard: list[int] = []
+        """Answers that are not confirmed yet."""
+        self._hear_at = inf
         self._now = 0.0
         self._out: list[Effect] = []
 
     @property
     def wake_at(self) -> float:
         deadline = self._deadlines[0][0] if self._deadlines else inf
-        return min(self._finder.wake_at, deadline, self._look_at if self._pending or self._asking else inf)
+        look = self._look_at if self._pending or self._asking else inf
+        return min(self._finder.wake_at, deadline, look, self._hear_at if self._finder.linked else inf)
 
     @property
     def waiting(self) -> int:
         """Tasks that are not answered."""
         return len(self._pending)
+
+    @property
+    def owes(self) -> bool:
+        """Are there answers that it could confirm, and has not?"""
+        return bool(self._heard) and self._finder.linked
 
     def handle(self, event: object, now: float) -> list[Effect]:
         self._out, self._now = [], now
@@ -243,7 +259,11 @@ class Submitter:
                 self._end(told.number, Resolve(pending.ticket, Reply(self.incarnation, told, output)))
         numbers = tuple(told.number for told in message.answers)
         self._over(numbers)
-        self._out.append(Send(DISPATCHER, Heard(self.incarnation, numbers)))
+        self._heard += numbers
+        self._hear_at = min(self._hear_at, self._now + HEAR if len(self._heard) < MOST else self._now)
+
+    def _hear(self, _: HearCalled) -> None:
+        self._hear_at = self._now
 
     def _end(self, number: int, effect: Effect) -> None:
         pending = self._pending.pop(number)
@@ -304,6 +324,11 @@ class Submitter:
             self._look()
         while self._unsaid and len(self._under_way) < WINDOW:
             self._say()
+        if self._now >= self._hear_at:
+            self._hear_at = inf
+            for start in range(0, len(self._heard), MOST):
+                self._out.append(Send(DISPATCHER, Heard(self.incarnation, tuple(self._heard[start : start + MOST]))))
+            self._heard = []
         for asking in self._asking.values():
             if self._now >= asking.said_at + RETRY:
                 asking.said_at = self._now
@@ -380,5 +405,6 @@ _CALLS: dict[type[Any], Callable[[Submitter, Any], None]] = {
     SubmitCalled: Submitter._submit,
     AskCalled: Submitter._ask,
     OpenCalled: Submitter._open,
+    HearCalled: Submitter._hear,
     Cancelled: Submitter._cancelled,
 }

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..protocol.asking import Answer as AnswerMessage
-from ..protocol.errors import ConfigError, ServerLost
+from ..protocol.errors import ConfigError, ServerLost, ShoalError
 from ..protocol.join import JoinAddress, key_text
 from ..protocol.messages import Message
 from ..protocol.records import Place
@@ -46,7 +47,7 @@ from ..tasks.judge import reward as judged
 from ..tasks.values import Value, pack, rows, unpack
 from .address import check_resolves
 from .loop import Loop, Ticket
-from .submitter import AskCalled, OpenCalled, Reply, SubmitCalled, Submitter, inquiry
+from .submitter import AskCalled, HearCalled, OpenCalled, Reply, SubmitCalled, Submitter, inquiry
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,8 @@ MOST_BYTES = 16 * 1024 * 1024
 """Of a task's inputs, as they travel."""
 CONNECT_TIMEOUT = 60.0
 WAIT_TIMEOUT = 600.0
+GOODBYE = 0.5
+"""Seconds in which a client that is closed confirms what it has heard."""
 NO_NEEDS = Needs()
 
 
@@ -433,6 +436,10 @@ class Client:
 
     def close(self) -> None:
         """Free everything. Tasks under way go on, and nobody hears of them. Again changes nothing."""
+        if self._loop.usable and self._core.owes:
+            with suppress(ShoalError):  # the answer to any question comes after the dispatcher has heard
+                self._loop.tell(HearCalled())
+                self._ask(inquiry("task:"), GOODBYE)
         self._loop.close()
 
     def __enter__(self) -> Client:
