@@ -399,14 +399,14 @@ class Shard:
         if self.weights is None:
             raise Misfit("unfilled", "no model is registered")
         kept = self._keeps(push)
-        buffers = push.buffers
+        buffers = None
         if push.region:  # what is kept is copied: the region is its worker's again
             buffers = self._shared.brought_in(push, self.weights, copy=kept)
             self.counters["bytes_shared_in"] += sum(map(len, buffers))
         if not kept:
             self.weights.apply(push, len(self.clocks), buffers=buffers)
         elif clock == push.clock:
-            self.weights.collect(replace(push, buffers=buffers))
+            self.weights.collect(push if buffers is None else replace(push, buffers=buffers))
         else:
             raise Misfit("clock", f"a push of step {push.clock} from a worker at {clock}")
 
