@@ -62,6 +62,8 @@ MOST_TRIES = 5
 MOST_CLIENTS = 65_536
 MOST_TIMES = 8
 """That an answer is said unasked."""
+KEEP = 3600.0
+"""Seconds that an answer waits for its client to confirm it: a client may have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,7 @@ class _Unheard:
 
     told: Told
     output: Buffer
+    since: float = -inf
     said_at: float = -inf
     times: int = 0
 
@@ -195,6 +198,10 @@ class Dispatcher:
                 self._added.append(Open(id_, asked, payload, self.wall + self.now))
                 self._enqueue(id_, asked, payload, self.now)
                 self._taken.setdefault(client, []).append(asked.number)
+            else:
+                text = f"its answer is kept for {KEEP:g} s after it is there, and not any more"
+                told = Told(asked.number, "failed", text, "", 0, "", "", 0.0)
+                self._send(peer, Answers(client, (told,), (b"",)))
         if refused:
             self.counters["busy"] += len(refused)
             self._send(peer, Busy(client, tuple(refused), self._room_in()))
@@ -335,7 +342,7 @@ class Dispatcher:
         seconds = max(0.0, self.now - item.came)
         told = Told(item.asked.number, code, text[:4096], name, version, identity, executor, seconds)
         del self._items[item.id]
-        self._unheard[item.id] = _Unheard(told, output)
+        self._unheard[item.id] = _Unheard(told, output, self.now)
         self._closed.append(Closed(item.id, told, output, item.reason, not item.asked.privacy))
         self._told.setdefault(item.id[0], []).append(item.asked.number)
         self.counters["answered" if not code else f"failed.{code}"] += 1
@@ -352,12 +359,26 @@ class Dispatcher:
             self._send(COORDINATOR, Host(self.life, *self._here))
             if self.rollout.look():
                 self._everybody()
+            self._forget()
             self._say_again()
             self._dirty = True
         if self._dirty or self.now >= self._patient_until:
             self._dirty, self._patient_until = False, inf
             self._dispatch()
         self._flush()
+
+    def _forget(self) -> None:
+        """Answers for which nobody has come; the first are the oldest."""
+        late = []
+        for id_, each in self._unheard.items():
+            if self.now < max(each.since, self._began) + KEEP:
+                break
+            late.append(id_)
+        for id_ in late:
+            del self._unheard[id_]
+        if late:
+            self.counters["forgotten"] += len(late)
+            self.book.heard(late)
 
     def _say_again(self) -> None:
         """Answers that nobody has confirmed, ever more seldom; a client that comes back asks for them."""

@@ -17,7 +17,7 @@ from shoal.protocol.asking import Answer, Inquire
 from shoal.protocol.effects import COORDINATOR, Received, Send, Tick, Unreadable
 from shoal.protocol.messages import Refused
 from shoal.tasks.book import SqliteBook
-from shoal.tasks.dispatcher import Dispatcher, Settings
+from shoal.tasks.dispatcher import KEEP, Dispatcher, Settings
 
 CLIENT, X = 11, 77
 OUT = b"\x01\x01"
@@ -95,6 +95,18 @@ def test_a_task_goes_there_and_back(bench: Bench) -> None:
     assert (OUT, OUT) == tuple(map(bytes, answers.buffers))
     bench.hear(t.Heard(CLIENT, (1, 2, 2, 9)))
     assert not bench.turn(1.0) and not bench.core._unheard
+
+
+def test_an_answer_that_nobody_fetches_is_forgotten(bench: Bench) -> None:
+    """After an hour; who comes for it later is told so, and the task is not done again."""
+    bench.submit(1)
+    bench.done(only(t.Work, bench.offer()).batch, 1)
+    bench.turn(KEEP - 10.0)
+    assert 1 == len(bench.core._unheard)
+    bench.turn(20.0)
+    assert not bench.core._unheard and 1 == bench.core.counters["forgotten"]
+    answer = only(t.Answers, bench.submit(1)).answers[0]
+    assert ("failed", True) == (answer.code, "not any more" in answer.text) and not bench.core._items
 
 
 def test_what_is_taken_outlives_the_dispatcher(bench: Bench) -> None:
