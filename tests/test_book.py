@@ -83,9 +83,11 @@ def test_feedback_counts_once_a_task_and_only_on_answers(path: Path) -> None:
     for number, reward in ((1, 0.5), (2, 1.0), (3, 0.75), (4, 1.0), (9, 1.0), (1, 0.25)):
         book.value((OWNER, number), reward, b"truth")
     assert [("ab", "kind", 0.75), ("ab", "kind", 0.25)] == list(book.rewards())
-    ((place, id_, inputs, truth),) = book.examples("kind", 0, 10)
-    assert ((OWNER, 1), b"in1", b"truth") == (id_, inputs, truth)  # the other's inputs had a label, and are gone
-    assert not book.examples("kind", place, 10) and not book.examples("other", 0, 10)
+    ((found, inputs, truth),) = book.fed_back("kind", 0, 10, data=True)
+    told = found.owner, found.number, found.reward, inputs, truth
+    assert (OWNER, 1, 0.25, b"in1", b"truth") == told  # the other's inputs had a label, and are gone
+    assert not book.fed_back("kind", found.place, 10, data=True) and not book.fed_back("other", 0, 10, data=True)
+    assert [(3, False), (1, True)] == [(each.number, each.kept) for each, _, _ in book.fed_back("kind", 0, 10, False)]
     book.end()
 
 
@@ -102,7 +104,7 @@ def test_the_oldest_are_forgotten(path: Path, monkeypatch: pytest.MonkeyPatch) -
     book.commit()
     kept = [line.id[1] for line in book.newest(1000)]
     assert 40 == len(kept) and 109 == kept[0] and len(list(book.rewards())) <= 40
-    assert 0 < len(book.examples("kind", 0, 1000)) < 12
+    assert 0 < len(book.fed_back("kind", 0, 1000, data=True)) < 12
     book.end()
 
 
