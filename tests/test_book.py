@@ -84,8 +84,8 @@ def test_feedback_counts_once_a_task_and_only_on_answers(path: Path) -> None:
         book.value((OWNER, number), reward, b"truth")
     assert [("ab", "kind", 0.75), ("ab", "kind", 0.25)] == list(book.rewards())
     ((found, inputs, truth),) = book.fed_back("kind", 0, 10, data=True)
-    told = found.owner, found.number, found.reward, inputs, truth
-    assert (OWNER, 1, 0.25, b"in1", b"truth") == told  # the other's inputs had a label, and are gone
+    said = found.owner, found.number, found.reward, inputs, truth
+    assert (OWNER, 1, 0.25, b"in1", b"truth") == said  # the other's inputs had a label, and are gone
     assert not book.fed_back("kind", found.place, 10, data=True) and not book.fed_back("other", 0, 10, data=True)
     assert [(3, False), (1, True)] == [(each.number, each.kept) for each, _, _ in book.fed_back("kind", 0, 10, False)]
     book.end()
