@@ -175,7 +175,8 @@ def check_cuts(history: History) -> None:
             wanted, old = update.clock < below, update.acked_at < cut.asked_at and not averaged
             for shard, values in cut.values.items():
                 there, lost = values[update.element] != 0, history.may_lack(update, shard, cut.done_at)
-                if there and not wanted and (live or averaged):
+                # A shard that was filled again has averages of before in its weights, and begins to count anew.
+                if there and not wanted and (not lost if averaged else live):
                     raise Violation(
                         f"a cut at {cut.done_at:.3f} has step {update.clock} of a worker, and ends below {below}"
                     )

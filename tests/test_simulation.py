@@ -14,7 +14,7 @@ from simnet import Faults
 from shoal.protocol.codecs import BF16, FP16, INT8, RAW, TOPK, Codec
 
 SEED = int(os.environ.get("SHOAL_SEED", random.SystemRandom().randrange(2**32)))
-SCHEDULES = int(os.environ.get("SHOAL_SCHEDULES", "1000"))
+SCHEDULES = int(os.environ.get("SHOAL_SCHEDULES", "700"))
 
 
 KINDS = ("crash", "crash and restart", "stop", "cut", "join", "server")
